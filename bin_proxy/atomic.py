@@ -1,0 +1,115 @@
+"""Replacing a file so that any reader, and any crash, sees the old bytes or the new ones, whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+
+# They describe the bytes of the file they stand on, so they must not travel to other bytes.
+_ABOUT_THE_BYTES = {"security.ima", "security.evm"}
+
+
+def fsync_folder(folder: str) -> None:
+    """Make the names in `folder` survive a power loss.
+
+    Raises:
+        OSError: the folder cannot be opened or synced.
+    """
+    fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def create_private(path: str) -> int:
+    """Create `path` anew, 0600, never through a link and never on top of what lies there.
+
+    Returns:
+        an open file descriptor, for reading and writing.
+
+    Raises:
+        OSError: what lies there cannot be removed, or the file cannot be made.
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write every byte of `data`; os.write may write fewer.
+
+    Raises:
+        OSError: a write failed.
+    """
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _xattrs(file: str | int) -> dict[str, bytes]:
+    try:
+        names = os.listxattr(file)
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.ENOSYS):
+            return {}
+        raise
+    return {name: os.getxattr(file, name) for name in names if name not in _ABOUT_THE_BYTES}
+
+
+def copy_attributes(source: str, fd: int) -> None:
+    """Give the open file owner, group, mode, extended attributes and capabilities of `source`.
+
+    chown erases set-id bits and capabilities (chown(2)), so it comes first; an ACL that the folder
+    bequeathed hides the group's real mode, so it goes before chmod.
+
+    Raises:
+        OSError: one of them cannot be read or given.
+    """
+    wanted_stat, given = os.stat(source), os.fstat(fd)
+    wanted, have = _xattrs(source), _xattrs(fd)
+    if (wanted_stat.st_uid, wanted_stat.st_gid) != (given.st_uid, given.st_gid):
+        os.fchown(fd, wanted_stat.st_uid, wanted_stat.st_gid)
+        have = _xattrs(fd)
+    for name in have.keys() - wanted.keys():
+        os.removexattr(fd, name)
+    os.fchmod(fd, stat.S_IMODE(wanted_stat.st_mode))
+    for name, value in wanted.items():
+        if have.get(name) != value:
+            os.setxattr(fd, name, value)
+
+
+def write_atomically(path: str, data: bytes, *, durable: bool = True, like: str | None = None) -> None:
+    """Replace `path` by a file with the bytes `data`, by way of `path`.tmp.
+
+    Args:
+        path: the file; a symbolic link is replaced, not followed.
+        data: its new content.
+        durable: wait until the bytes and the name would survive a power loss.
+        like: a file whose owner, mode and attributes it gets; without it, 0644 and whoever runs this.
+
+    Raises:
+        OSError: nothing was replaced, or (from the folder's fsync) it was and may not survive a power loss.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        fd = create_private(temporary)
+        try:
+            write_all(fd, data)
+            if like is None:
+                os.fchmod(fd, 0o644)
+            else:
+                copy_attributes(like, fd)
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if durable:
+        fsync_folder(os.path.dirname(path))

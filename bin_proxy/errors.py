@@ -1,0 +1,83 @@
+"""What can go wrong, grouped by who is at fault; `kind` tells one trouble of a binary from another."""
+
+from __future__ import annotations
+
+
+class BinProxyError(Exception):
+    """Root of all that bin-proxy raises on purpose; str() is one line for the operator."""
+
+    kind = "host"
+
+
+class UsageError(BinProxyError):
+    """The command line, the settings or the manifest are at fault; nothing was touched.
+
+    Args:
+        faults: one line each, all that were found.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
+class Busy(BinProxyError):
+    """Another run holds the lock.
+
+    Args:
+        since: Unix time in seconds at which that run began; None where it is not known.
+    """
+
+    def __init__(self, since: float | None) -> None:
+        super().__init__("another bin-proxy is at work")
+        self.since = since
+
+
+class BinManagerError(BinProxyError):
+    """bin-manager answered, but not with a release; the host is untouched."""
+
+    kind = "answer"
+
+
+class Unreachable(BinManagerError):
+    """bin-manager, or the way there, did not answer; the host is untouched."""
+
+    kind = "unreachable"
+
+
+class CorruptDownload(BinManagerError):
+    """The bytes are not the release they should be; the host is untouched."""
+
+    kind = "corrupt"
+
+
+class HostError(BinProxyError):
+    """The host is at fault: a system call, supervisorctl or supervisord. Never a reason to hold a release."""
+
+
+class Stuck(HostError):
+    """A service neither stops nor comes up in time, though supervisord answers."""
+
+
+class ReleaseError(BinProxyError):
+    """The release is at fault: it fails its verification, does not come up or does not stay up."""
+
+    kind = "release"
+
+
+class Interrupted(BaseException):
+    """A signal asks to end. Not an Exception, so that no handler of errors takes it for one.
+
+    Args:
+        signum: the signal's number.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def host_error(doing: str, error: OSError) -> HostError:
+    """Say a failed system call in one line: what was being done, to which file, why it failed."""
+    where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
+    return HostError(f"cannot {doing}: {error.strerror or error}{where}")

@@ -1,0 +1,253 @@
+"""Where each setting comes from: a command-line option, the environment, the config file, the default."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from bin_proxy.config_file import parse_config
+from bin_proxy.errors import UsageError
+
+DEFAULT_CONFIG = "/etc/bin-proxy/config"
+# cron's PATH is /usr/bin:/bin (crontab(5)); supervisorctl from pip or a distribution may lie in any of these.
+_USUAL_FOLDERS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Those that requests and OpenSSL look for.
+_EXPORTED = re.compile(r"(?i:(?:https?|all|no)_proxy)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR")
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting, checked. Times are in seconds, sizes in bytes."""
+
+    api: str
+    bin_dir: str
+    manifest: str
+    log_file: str
+    state_dir: str
+    supervisorctl: tuple[str, ...]
+    supervisorctl_chosen: bool
+    token: str = field(repr=False)
+    ca_bundle: str
+    client_cert: str
+    client_key: str
+    http_timeout: float
+    download_timeout: float
+    max_download: int
+    restart_timeout: float
+    min_healthy: float
+    health_timeout: float
+    backups_keep: int
+    jobs: int
+    metrics_file: str
+    config: str
+    config_found: bool
+
+
+def _text(value: str) -> str:
+    if any(not char.isprintable() for char in value):
+        raise ValueError("holds a control character")
+    return value
+
+
+def _folder(value: str) -> str:
+    if not os.path.isabs(_text(value)):
+        raise ValueError(f"must be an absolute path, not {value!r}")
+    return os.path.normpath(value)
+
+
+def _file(value: str) -> str:
+    return os.path.abspath(_text(value))
+
+
+def _url(value: str) -> str:
+    parts = urlsplit(_text(value))
+    if parts.scheme not in ("http", "https") or not parts.hostname or " " in value:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.query or parts.fragment:
+        raise ValueError("must be a URL without ? and #")
+    _ = parts.port  # raises ValueError where it is no port
+    return value.rstrip("/")
+
+
+def _seconds(least: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        number = float(value)
+        if not math.isfinite(number) or number < least or number > 7 * 86400:
+            raise ValueError(f"must be between {least:g} and 604800 seconds, not {value!r}")
+        return number
+
+    return parse
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", value.strip()) or not least <= int(value) <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}, not {value!r}")
+        return int(value)
+
+    return parse
+
+
+def _command(value: str) -> tuple[str, ...]:
+    words = shlex.split(_text(value))
+    if not words:
+        raise ValueError("must be a command")
+    return tuple(words)
+
+
+# name: (field, default, parser)
+TABLE: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "BIN_MANAGER_API": ("api", "http://localhost:8080/api/v1", _url),
+    "BIN_DIR": ("bin_dir", "/usr/local/bin", _folder),
+    "BIN_MANIFESTS": ("manifest", "/etc/bin-proxy/bin-manifests.json", _file),
+    "LOG_FILE": ("log_file", "/var/log/bin-proxy.log", _file),
+    "STATE_DIR": ("state_dir", "/var/lib/bin-proxy", _file),
+    "SUPERVISORCTL": ("supervisorctl", "supervisorctl", _command),
+    "BIN_MANAGER_TOKEN": ("token", "", str),
+    "BIN_MANAGER_TOKEN_FILE": ("token_file", "", _text),
+    "BIN_MANAGER_CA_BUNDLE": ("ca_bundle", "", _text),
+    "BIN_MANAGER_CLIENT_CERT": ("client_cert", "", _text),
+    "BIN_MANAGER_CLIENT_KEY": ("client_key", "", _text),
+    "HTTP_TIMEOUT": ("http_timeout", "10", _seconds(0.05)),
+    "DOWNLOAD_TIMEOUT": ("download_timeout", "600", _seconds(0.05)),
+    "MAX_DOWNLOAD_MIB": ("max_download", "4096", lambda value: _whole(1, 1 << 24)(value) * _MIB),
+    "RESTART_TIMEOUT": ("restart_timeout", "120", _seconds(0.05)),
+    "MIN_HEALTHY_SECONDS": ("min_healthy", "5", _seconds(0)),
+    "HEALTH_TIMEOUT": ("health_timeout", "60", _seconds(0.05)),
+    "BACKUPS_KEEP": ("backups_keep", "3", _whole(0, 1000)),
+    "JOBS": ("jobs", "8", _whole(1, 256)),
+    "METRICS_FILE": ("metrics_file", "", _text),
+}
+
+
+def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) -> Settings:
+    """Work out every setting.
+
+    Args:
+        options: what the command line gave, by setting name (`BIN_DIR` …) or `CONFIG`; None where it gave nothing.
+        environ: the process environment; proxy and CA variables of the config file are put into it, as sourcing the
+            file and exporting them would.
+
+    Raises:
+        UsageError: with every fault that was found, each naming where the value came from.
+    """
+    faults: list[str] = []
+    path = options.get("CONFIG") or environ.get("BIN_PROXY_CONFIG") or ""
+    in_file, found = _read_config(path or DEFAULT_CONFIG, must_exist=bool(path), faults=faults)
+    chosen: dict[str, Any] = {}
+    for name, (key, default, parse) in TABLE.items():
+        value, origin = options.get(name) or environ.get(name), f"{name}"
+        if not value and name in in_file:
+            value, line = in_file[name]
+            origin = f"{path or DEFAULT_CONFIG}:{line}: {name}"
+            if value is None:
+                faults.append(f"{origin} needs a shell to be worked out; write the value itself")
+        try:
+            chosen[key] = parse(value or default)
+        except ValueError as error:
+            faults.append(f"{origin} {error}")
+        if name == "SUPERVISORCTL":
+            chosen["supervisorctl_chosen"] = bool(value)
+    for name, (value, _) in in_file.items():
+        if _EXPORTED.fullmatch(name) and value and not environ.get(name):
+            environ[name] = value
+    if not faults:
+        _finish(chosen, environ.get("PATH", ""), faults)
+    if faults:
+        raise UsageError(*faults)
+    return Settings(config=path or DEFAULT_CONFIG, config_found=found, **chosen)
+
+
+def _read_config(path: str, *, must_exist: bool, faults: list[str]) -> tuple[dict[str, tuple[str | None, int]], bool]:
+    try:
+        with open(path, "rb") as file:
+            faults += untrusted(path)
+            text = file.read(_MIB).decode()
+    except FileNotFoundError:
+        if must_exist:
+            faults.append(f"config file {path} does not exist")
+        return {}, False
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}")
+        return {}, False
+    wanted = (entry for entry in parse_config(text) if entry.name in TABLE or _EXPORTED.fullmatch(entry.name))
+    return {entry.name: (entry.value, entry.line) for entry in wanted}, True
+
+
+def _finish(chosen: dict[str, Any], search_path: str, faults: list[str]) -> None:
+    """Find supervisorctl and read the token: what needs the disk once every value is known to be well formed."""
+    command = chosen["supervisorctl"]
+    where = search_path + os.pathsep + _USUAL_FOLDERS
+    executable = shutil.which(command[0], path=where)
+    chosen["supervisorctl"] = (os.path.abspath(executable), *command[1:]) if executable else ()
+    if chosen["supervisorctl_chosen"] and not executable:
+        faults.append(f"SUPERVISORCTL {command[0]!r} cannot be found or run; correct it, or leave it out")
+    token_file = chosen.pop("token_file")
+    token = chosen["token"].strip()
+    if token_file and not token:
+        try:
+            faults += untrusted(token_file)
+            with open(token_file, encoding="utf-8") as file:
+                token = file.read(65536).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            faults.append(f"token file {token_file} cannot be read: {getattr(error, 'strerror', None) or error}")
+        else:
+            if not token:
+                faults.append(f"token file {token_file} is empty")
+    if not token.isascii() or any(not "!" <= char <= "~" for char in token):
+        faults.append("the bin-manager token holds a character that no HTTP header may carry")
+    chosen["token"] = token
+    if chosen["client_key"] and not chosen["client_cert"]:
+        faults.append("BIN_MANAGER_CLIENT_KEY is set, BIN_MANAGER_CLIENT_CERT is not")
+    for key, name in (("ca_bundle", "CA_BUNDLE"), ("client_cert", "CLIENT_CERT"), ("client_key", "CLIENT_KEY")):
+        if chosen[key] and not os.access(chosen[key], os.R_OK):
+            faults.append(f"BIN_MANAGER_{name} {chosen[key]} cannot be read")
+
+
+def untrusted(path: str) -> list[str]:
+    """Why root must not take orders from the file `path`: others could write it, or put another in its place.
+
+    Returns:
+        one line for each reason, with the command that mends it; none where this process is not root.
+
+    Raises:
+        OSError: the file or a folder above it cannot be looked at.
+    """
+    if os.geteuid() != 0:
+        return []
+    trusted = {0, int(os.environ["SUDO_UID"]) if os.environ.get("SUDO_UID", "").isdecimal() else os.getuid()}
+    faults = []
+    real = os.path.realpath(path)
+    status = os.stat(real)
+    if status.st_uid not in trusted:
+        faults.append(f"{path} belongs to user {status.st_uid}, not to root: chown root {shlex.quote(real)}")
+    if _others_write(status):
+        faults.append(f"others may write {path}: chmod go-w {shlex.quote(real)}")
+    below = {os.path.dirname(os.path.abspath(path)), os.path.dirname(real)}
+    for folder in sorted(below | {above for name in below for above in _ancestors(name)}):
+        status = os.stat(folder)
+        if _others_write(status) and not status.st_mode & stat.S_ISVTX:
+            faults.append(f"others may write the folder {folder} of {path}: chmod go-w {shlex.quote(folder)}")
+    return faults
+
+
+def _ancestors(folder: str) -> list[str]:
+    found = []
+    while folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        found.append(folder)
+    return found
+
+
+def _others_write(status: os.stat_result) -> bool:
+    """Whether a group other than root's, or everybody, may write."""
+    return bool(status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid != 0))
