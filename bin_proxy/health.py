@@ -1,0 +1,62 @@
+"""One look at whether a service is well, by the `healthCheck` of its manifest entry."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from urllib.parse import urlsplit
+
+from bin_proxy.errors import BinProxyError
+from bin_proxy.manifest import HealthCheck
+from bin_proxy.process import run
+
+
+def probe(check: HealthCheck, timeout: float) -> str | None:
+    """Check once.
+
+    Args:
+        check: what to look at.
+        timeout: seconds for the whole of it, however it drips.
+
+    Returns:
+        what is wrong, or None where all is well.
+    """
+    if check.kind == "command":
+        try:
+            done = run(check.target, timeout)
+        except BinProxyError as error:
+            return str(error)
+        if done.code is None:
+            return f"{check.target[0]} did not end within {timeout:g} s"
+        return None if done.code == 0 else f"{check.target[0]} exited {done.code}: {done.last_words}"
+    found = [f"{check.target} did not answer within {timeout:g} s"]
+
+    def ask() -> None:
+        try:
+            found.append(_connect(check, timeout))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            found.append(f"{check.target}: {getattr(error, 'strerror', None) or error or type(error).__name__}")
+
+    # A socket's timeout counts from byte to byte, so an answer that drips needs somebody to walk away from it.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return found[-1] or None
+
+
+def _connect(check: HealthCheck, timeout: float) -> str:
+    target = str(check.target)
+    if check.kind == "tcp":
+        parts = urlsplit(f"//{target}")
+        socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout).close()
+        return ""
+    parts = urlsplit(target)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(str(parts.hostname), parts.port, timeout=timeout)
+    try:
+        connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+        status = connection.getresponse().status
+    finally:
+        connection.close()
+    return "" if 200 <= status < 400 else f"{target} answered HTTP {status}"

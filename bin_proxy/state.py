@@ -1,0 +1,385 @@
+"""The durable memory in STATE_DIR: the journal of updates in progress, what is known of releases, and a cache.
+
+journal/NAME.json   one update (or rollback) of NAME has begun and is not resolved; fsynced before the host changes
+state.json          holds, pauses, growing pauses: what must survive; fsynced, written when it changes
+cache.json          digests, last answers, troubles told: what a loss only makes slower; written every run
+backups/NAME/MD5    previous releases (see slot)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from bin_proxy.atomic import fsync_folder, write_atomically
+from bin_proxy.errors import host_error
+from bin_proxy.manifest import parse_json
+
+VERSION = 1
+HOLDS_KEPT = 20
+_LARGEST = 64 * 1024 * 1024
+_T = TypeVar("_T")
+
+
+@dataclass
+class Hold:
+    """A release that is not installed again; `by` is "failure" or "operator". `since` is Unix time."""
+
+    md5: str
+    reason: str
+    since: float
+    by: str
+
+
+@dataclass
+class Retry:
+    """A release that waits under growing pauses: how often it failed, until when (Unix time), of which kind, why."""
+
+    count: int
+    until: float
+    kind: str
+    reason: str
+
+
+@dataclass
+class Unwell:
+    """The previous release, restored after `md5` failed, did not come up: its restart is tried again."""
+
+    md5: str
+    count: int
+    until: float
+    reason: str
+
+
+@dataclass
+class Memory:
+    """All that is remembered of one binary.
+
+    Args:
+        holds: releases not to install, oldest first.
+        retries: by MD5.
+        left: by MD5, the Unix times at which that release was left for another.
+        strikes: by MD5, how often it and the previous release both failed.
+        unwell: set while the service is down and the host is at fault.
+        down: processes that bin-proxy left not running, which the next release is to start.
+        backups: MD5s of the kept releases, newest first.
+        parts: files of unfinished downloads.
+        seen: the offered MD5 and the Unix time at which it was first seen, for --splay.
+        updated_at: Unix time of the last change of the installed file.
+        lost: what was remembered could not be read, so a release known before may be a held one.
+    """
+
+    holds: list[Hold] = field(default_factory=list)
+    retries: dict[str, Retry] = field(default_factory=dict)
+    left: dict[str, list[float]] = field(default_factory=dict)
+    strikes: dict[str, int] = field(default_factory=dict)
+    unwell: Unwell | None = None
+    down: list[str] = field(default_factory=list)
+    backups: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    seen: dict[str, float] = field(default_factory=dict)
+    updated_at: float | None = None
+    lost: bool = False
+
+    def hold(self, md5: str, reason: str, now: float, by: str) -> None:
+        """Hold `md5`; the last `HOLDS_KEPT` are kept."""
+        self.release(md5)
+        self.holds = [*self.holds, Hold(md5, reason, now, by)][-HOLDS_KEPT:]
+
+    def release(self, md5: str) -> None:
+        """Forget whatever stands against `md5`."""
+        self.holds = [hold for hold in self.holds if hold.md5 != md5]
+        self.retries.pop(md5, None)
+        self.strikes.pop(md5, None)
+
+
+@dataclass
+class Pause:
+    """An operator's decision; Unix times, `until` None for no end."""
+
+    reason: str
+    since: float
+    until: float | None
+
+
+@dataclass
+class Record:
+    """One update that has begun. `phase`: "activating", then perhaps "rolling-back".
+
+    Args:
+        name: of the binary.
+        target: the file that is replaced, links resolved.
+        old: MD5 before; None where there was no file.
+        new: MD5 to be.
+        inode: of the old file, to tell "not swapped yet" from "swapped back".
+        processes: supervisor's names of what must run afterwards, with the pid before (0: it did not run).
+        healthy: the service was well before.
+        probed: its health check applies (it does not where all its processes are stopped).
+        by: "sync" or "operator".
+        since: Unix time of the beginning.
+        fault: "release" or "host" once it failed, with the reason.
+    """
+
+    name: str
+    target: str
+    old: str | None
+    new: str
+    inode: int
+    processes: dict[str, int]
+    healthy: bool
+    probed: bool
+    by: str
+    since: float
+    phase: str = "activating"
+    fault: str = ""
+    reason: str = ""
+
+
+@dataclass
+class Cache:
+    """What a loss only makes slower. Unix times.
+
+    Args:
+        digests: by path: device, inode, size, mtime_ns, ctime_ns and the MD5.
+        answers: by binary: version asked for, MD5, when.
+        troubles: by "name kind md5": what was told, since when, when last logged.
+        outcomes: by binary, of the last sync that looked at it.
+        last_sync: when it ended, its exit code.
+    """
+
+    digests: dict[str, list[int | str]] = field(default_factory=dict)
+    answers: dict[str, list[str | float]] = field(default_factory=dict)
+    troubles: dict[str, list[str | float]] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    last_sync: list[float] = field(default_factory=list)
+
+
+_NUMBER = (int, float)
+_SHAPES: dict[str, Any] = {
+    "holds": [{"md5": str, "reason": str, "since": _NUMBER, "by": str}],
+    "retries": {"*": {"count": int, "until": _NUMBER, "kind": str, "reason": str}},
+    "left": {"*": [_NUMBER]},
+    "strikes": {"*": int},
+    "unwell": (None, {"md5": str, "count": int, "until": _NUMBER, "reason": str}),
+    "down": [str],
+    "backups": [str],
+    "parts": [str],
+    "seen": {"*": _NUMBER},
+    "updated_at": (None, *_NUMBER),
+    "lost": bool,
+}
+_PAUSE = {"reason": str, "since": _NUMBER, "until": (None, *_NUMBER)}
+_RECORD = {
+    "name": str,
+    "target": str,
+    "old": (None, str),
+    "new": str,
+    "inode": int,
+    "processes": {"*": int},
+    "healthy": bool,
+    "probed": bool,
+    "by": str,
+    "since": _NUMBER,
+    "phase": str,
+    "fault": str,
+    "reason": str,
+}
+_CACHE = {
+    "digests": {"*": [(int, str)]},
+    "answers": {"*": [(str, *_NUMBER)]},
+    "troubles": {"*": [(str, *_NUMBER)]},
+    "outcomes": {"*": str},
+    "last_sync": [_NUMBER],
+}
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape: a type, None, [shape], {"*": shape}, {key: shape} or a tuple of these."""
+    if isinstance(shape, tuple):
+        return any(_fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict) and "*" in shape:
+        return isinstance(value, dict) and all(_fits(item, shape["*"]) for item in value.values())
+    if isinstance(shape, dict):
+        return (
+            isinstance(value, dict) and value.keys() == shape.keys() and all(_fits(value[k], shape[k]) for k in shape)
+        )
+    return value is None if shape is None else type(value) is shape
+
+
+def _memory(data: dict[str, Any]) -> Memory:
+    memory = Memory(**data)
+    memory.holds = [Hold(**hold) for hold in data["holds"]]
+    memory.retries = {md5: Retry(**retry) for md5, retry in data["retries"].items()}
+    memory.unwell = Unwell(**data["unwell"]) if data["unwell"] else None
+    return memory
+
+
+class State:
+    """STATE_DIR, read once. Only the holder of the lock may call what writes.
+
+    Args:
+        folder: STATE_DIR.
+        known: the binaries of the manifest, which are the ones concerned where the memory cannot be read.
+    """
+
+    def __init__(self, folder: str, known: tuple[str, ...]) -> None:
+        self.folder = folder
+        self.unreadable: list[tuple[str, str]] = []
+        self._dirty = False
+        self._saved = ""
+        data = self._load("state.json", {"memories": {"*": _SHAPES}, "pauses": {"*": _PAUSE}})
+        lost = bool(self.unreadable)
+        self._memories = {name: _memory(found) for name, found in (data or {"memories": {}})["memories"].items()}
+        self.pauses = {name: Pause(**pause) for name, pause in (data or {"pauses": {}})["pauses"].items()}
+        if lost:
+            self._memories = {name: Memory(lost=True) for name in known}
+        self._saved = self._state_text()
+        cache = self._load("cache.json", _CACHE)
+        self.cache = Cache(**(cache or {}))
+        self.records: dict[str, Record | None] = {}
+        with suppress(FileNotFoundError):
+            for file in sorted(os.listdir(os.path.join(folder, "journal"))):
+                if file.endswith(".json"):
+                    record = self._load(f"journal/{file}", _RECORD)
+                    self.records[file.removesuffix(".json")] = Record(**record) if record else None
+
+    def _load(self, file: str, shape: dict[str, Any]) -> dict[str, Any] | None:
+        path = os.path.join(self.folder, file)
+        try:
+            with open(path, "rb") as opened:
+                data = parse_json(opened.read(_LARGEST).decode())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise host_error(f"read {path}", error) from error
+        except ValueError as error:
+            self.unreadable.append((file, str(error)))
+            return None
+        version = data.pop("version", None) if isinstance(data, dict) else None
+        if version != VERSION or not _fits(data, shape):
+            why = f"it is of version {version}" if version not in (None, VERSION) else "it is not what bin-proxy writes"
+            self.unreadable.append((file, why))
+            return None
+        return dict(data)
+
+    def set_aside(self) -> list[str]:
+        """Rename each unreadable file, so that it is kept, told once and in nobody's way.
+
+        Returns:
+            one line for each.
+
+        Raises:
+            HostError: one cannot be renamed.
+        """
+        lines = []
+        for file, why in self.unreadable:
+            path = os.path.join(self.folder, file)
+            aside = f"{path}.unreadable-{time.time_ns()}"
+            try:
+                os.rename(path, aside)
+            except OSError as error:
+                raise host_error(f"set the unreadable {path} aside", error) from error
+            lines.append(f"{path} cannot be read ({why}); kept as {aside}")
+        self._saved = "" if any(file == "state.json" for file, _ in self.unreadable) else self._saved
+        self.unreadable = []
+        return lines
+
+    def prepare(self) -> None:
+        """Make what must exist, and remove what a killed run left half-written.
+
+        Raises:
+            HostError: STATE_DIR is not to be had.
+        """
+        try:
+            for folder, mode in (("", 0o755), ("journal", 0o755), ("backups", 0o700)):
+                path = os.path.join(self.folder, folder)
+                if not os.path.isdir(path):
+                    os.makedirs(path, 0o755)
+                    os.chmod(path, mode)
+                    fsync_folder(os.path.dirname(path.rstrip("/")))
+            for folder in ("", "journal"):
+                with os.scandir(os.path.join(self.folder, folder)) as entries:
+                    for stray in [entry.path for entry in entries if entry.name.endswith(".tmp")]:
+                        os.unlink(stray)
+        except OSError as error:
+            raise host_error(f"use the state folder {self.folder}", error) from error
+
+    def memory(self, name: str) -> Memory:
+        """What is remembered of a binary; changes to it are kept by `save`."""
+        return self._memories.setdefault(name, Memory())
+
+    def remembered(self) -> dict[str, Memory]:
+        """All memories by name, of binaries that have left the manifest too."""
+        return self._memories
+
+    def pause_of(self, name: str, now: float) -> Pause | None:
+        """The operator's pause of a binary, or of the whole host, that is in force at Unix time `now`."""
+        for key in (name, "*"):
+            pause = self.pauses.get(key)
+            if pause and (pause.until is None or now < pause.until):
+                return pause
+        return None
+
+    def _state_text(self) -> str:
+        blank = Memory()
+        memories = {name: asdict(memory) for name, memory in self._memories.items() if memory != blank}
+        return json.dumps(
+            {"version": VERSION, "memories": memories, "pauses": {k: asdict(v) for k, v in self.pauses.items()}}
+        )
+
+    def save(self) -> None:
+        """Make memories and pauses durable, if they changed.
+
+        Raises:
+            HostError: they are as they were.
+        """
+        text = self._state_text()
+        if text != self._saved:
+            self._write("state.json", text)
+            self._saved = text
+
+    def save_cache(self) -> None:
+        """Write the cache, without waiting for the disk.
+
+        Raises:
+            HostError: it is as it was.
+        """
+        shallow = {part.name: getattr(self.cache, part.name) for part in fields(Cache)}
+        self._write("cache.json", json.dumps({"version": VERSION, **shallow}), durable=False)
+
+    def write_record(self, record: Record) -> None:
+        """Make an update's record durable, new or changed.
+
+        Raises:
+            HostError: it is as it was.
+        """
+        self._write(f"journal/{record.name}.json", json.dumps({"version": VERSION, **asdict(record)}))
+        self.records[record.name] = record
+
+    def close_record(self, name: str) -> None:
+        """The update is resolved: forget its record, durably.
+
+        Raises:
+            HostError: it may still be there.
+        """
+        path = os.path.join(self.folder, "journal", f"{name}.json")
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            fsync_folder(os.path.dirname(path))
+        except OSError as error:
+            raise host_error(f"close the record {path}", error) from error
+        self.records.pop(name, None)
+
+    def _write(self, file: str, text: str, *, durable: bool = True) -> None:
+        path = os.path.join(self.folder, file)
+        try:
+            write_atomically(path, text.encode(), durable=durable)
+        except OSError as error:
+            raise host_error(f"write {path}", error) from error
