@@ -1,0 +1,96 @@
+"""What keeps a run alone and whole: the lock of STATE_DIR, and signals that wait for a swap to be finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from filelock import Timeout, UnixFileLock
+
+from bin_proxy.atomic import write_atomically
+from bin_proxy.errors import Busy, Interrupted, host_error
+
+
+class Signals:
+    """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, at once or at the end of what must not be cut."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._came: int | None = None
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup(1) wants SIGHUP ignored
+                signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self._came = signum
+        if not self._held:
+            raise Interrupted(signum)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Until this ends, a signal waits.
+
+        Raises:
+            Interrupted: at the end, if one came.
+        """
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._came is not None:
+            raise Interrupted(self._came)
+
+
+@contextmanager
+def locked(state_dir: str, wait: float) -> Iterator[None]:
+    """Hold the lock of STATE_DIR, which is made if absent.
+
+    Args:
+        state_dir: one for each manifest.
+        wait: seconds to wait for another run.
+
+    Raises:
+        Busy: another run holds it.
+        HostError: it cannot be had.
+    """
+    holder = os.path.join(state_dir, "running.json")
+    try:
+        if not os.path.isdir(state_dir):
+            os.makedirs(state_dir, 0o755)
+        # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
+        lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o644, fallback_to_soft=False)
+        lock.acquire(timeout=wait, poll_interval=0.2)
+    except Timeout:
+        raise Busy(running_since(state_dir)) from None
+    except (OSError, NotImplementedError) as error:
+        raise host_error(f"lock {state_dir}", OSError(getattr(error, "errno", 0), str(error))) from error
+    try:
+        with suppress(OSError):  # it only tells others since when
+            write_atomically(holder, json.dumps({"pid": os.getpid(), "since": time.time()}).encode(), durable=False)
+        yield
+    finally:
+        lock.release()
+
+
+def running_since(state_dir: str) -> float | None:
+    """When the last run that had the lock took it, in Unix time; None where that is not known."""
+    try:
+        with open(os.path.join(state_dir, "running.json"), encoding="ascii") as file:
+            since = json.load(file)["since"]
+        return since if isinstance(since, float) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_locked(state_dir: str) -> bool:
+    """Whether a run is at work, without taking the lock, which would turn that run's successor away (proc_locks(5))."""
+    with suppress(OSError):
+        inode = os.stat(os.path.join(state_dir, "lock")).st_ino
+        with open("/proc/locks", encoding="ascii") as file:
+            return any("FLOCK" in line and f":{inode} " in line for line in file)
+    return False

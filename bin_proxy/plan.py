@@ -1,0 +1,152 @@
+"""Every decision, as pure functions over values: what to do with a binary, whose fault a failure is, how to recover."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from bin_proxy.state import Hold, Memory, Record, Retry
+
+STRIKES = 3
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with one binary.
+
+    Args:
+        outcome: "current", "update", "held" or "waiting".
+        well: the binary is where it should be, or where an operator put it.
+        why: for people.
+        kind: of the trouble behind it, empty where there is none.
+        until: Unix time until which it waits, None where no date is the reason.
+    """
+
+    outcome: str
+    well: bool
+    why: str
+    kind: str = ""
+    until: float | None = None
+
+
+def is_due(until: float, now: float, longest: float = _HOUR) -> bool:
+    """Whether a pause is over; one that seems longer than the longest there is comes from a clock that jumped."""
+    return until <= now or until - now > longest
+
+
+def growing_pause(count: int) -> float:
+    """Seconds to wait after the `count`-th failure: 1 minute, then twice as long each time, up to 1 hour."""
+    return min(60.0 * 2.0 ** min(max(count, 1) - 1, 16), _HOUR)
+
+
+def after_failure(memory: Memory, md5: str, kind: str, reason: str, now: float) -> Retry:
+    """The pause that `md5` waits for after one more failure of `kind`."""
+    count = memory.retries[md5].count + 1 if md5 in memory.retries else 1
+    return Retry(count, now + growing_pause(count), kind, reason)
+
+
+def leave(memory: Memory, md5: str, now: float) -> None:
+    """Remember in `memory` that `md5` was left for another release; from the second time within the hour it waits."""
+    recent = {key: [at for at in times if abs(now - at) < _HOUR] for key, times in memory.left.items()}
+    memory.left = {key: times for key, times in recent.items() if times}
+    times = memory.left.setdefault(md5, [])
+    times.append(now)
+    if len(times) >= 2:
+        reason = f"it was left {len(times)} times within the hour"
+        memory.retries[md5] = Retry(len(times), now + growing_pause(len(times) - 1), "flapping", reason)
+
+
+def splay_delay(host: str, longest: float) -> float:
+    """Seconds from 0 to `longest` that depend on the host alone, spread evenly over many hosts."""
+    fraction = int.from_bytes(hashlib.sha256(host.encode()).digest()[:8], "big") / 2**64
+    return fraction * longest
+
+
+def decide(
+    offered: str,
+    installed: str | None,
+    memory: Memory,
+    now: float,
+    *,
+    retry_held: bool = False,
+    splay: tuple[float, float] | None = None,
+    answered_before: str | None = None,
+) -> Decision:
+    """Decide what a sync does with one binary.
+
+    Args:
+        offered: the MD5 that bin-manager names.
+        installed: the MD5 of the file on disk, None where there is none.
+        memory: what is remembered of the binary.
+        now: Unix time.
+        retry_held: an operator wants holds and pauses overridden.
+        splay: this host's delay and the longest one, in seconds.
+        answered_before: the MD5 that bin-manager named in an earlier run, if it is known.
+    """
+    if offered == installed:
+        return Decision("current", True, "it is the release that bin-manager names")
+    if not retry_held:
+        held = next((hold for hold in memory.holds if hold.md5 == offered), None)
+        if held:
+            return _held(held)
+        if memory.lost and installed and offered == (answered_before or offered):
+            return Decision(
+                "held", False, "the state file could not be read, so it may have been held before", "release"
+            )
+        if memory.unwell and memory.unwell.md5 == offered:
+            why = f"{memory.unwell.reason}; neither it nor the previous release runs"
+            return Decision("waiting", False, why, "restart", memory.unwell.until)
+        retry = memory.retries.get(offered)
+        if retry and not is_due(retry.until, now):
+            return Decision("waiting", False, retry.reason, retry.kind, retry.until)
+    if splay:
+        delay, longest = splay
+        due = memory.seen.get(offered, now) + delay
+        if not is_due(due, now, longest):
+            return Decision("waiting", True, "its time within the splay has not come", "", due)
+    return Decision("update", True, "bin-manager names another release" if installed else "it is not installed")
+
+
+def _held(hold: Hold) -> Decision:
+    by_operator = hold.by == "operator"
+    return Decision("held", by_operator, hold.reason, "" if by_operator else "release")
+
+
+def judge(fault: str, *, had_previous: bool, healthy_before: bool, came_back: bool | None, strikes: int) -> str:
+    """Whose fault a failure after the swap is.
+
+    Args:
+        fault: "release" where the new release failed to run well, "host" where it was never given a chance.
+        had_previous: there was a file before.
+        healthy_before: the service was well before.
+        came_back: the previous release, restored, became healthy; None where that was not waited for.
+        strikes: how often both releases failed before, for this MD5.
+
+    Returns:
+        "hold", "strike" (the host's fault, counted against the release) or "forgive" (the host's fault alone).
+    """
+    if fault != "release":
+        return "forgive"
+    if not had_previous or not healthy_before or came_back is not False:
+        return "hold"
+    return "hold" if strikes + 1 >= STRIKES else "strike"
+
+
+def decide_recovery(record: Record, on_disk: str | None, *, untouched: bool) -> str:
+    """How to resolve an update that was interrupted.
+
+    Args:
+        record: what was begun.
+        on_disk: the MD5 of the file now, None where there is none.
+        untouched: the file is still the old one itself, and its processes run under the pids they had before.
+
+    Returns:
+        "forget": nothing happened yet; "finish": restart the new release and watch it; "undo": bring the previous one
+        back and restart it; "check": somebody else put another file there, so only see to it that the service runs.
+    """
+    if on_disk == record.old:
+        return "forget" if record.phase == "activating" and untouched else "undo"
+    if on_disk == record.new:
+        return "finish" if record.phase == "activating" else "undo"
+    return "undo" if on_disk is None else "check"

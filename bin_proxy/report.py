@@ -1,0 +1,119 @@
+"""What people and machines are told: LOG_FILE, the terminal or cron's mail, and what was told before."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import click
+
+from bin_proxy.state import Cache
+from bin_proxy.updater import Result
+
+_HOUR = 3600.0
+
+
+def clean(text: str) -> str:
+    """One event is one line, and no terminal obeys it: whatever is not printable is escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
+    )
+
+
+class Report:
+    """Tells what happens, each to whom it concerns.
+
+    Args:
+        log_file: appended to; opened at the first line.
+        terminal: a person watches: tell what is done.
+        verbose: 1 tells requests and calls too, -1 only trouble.
+    """
+
+    def __init__(self, log_file: str, *, terminal: bool, verbose: int) -> None:
+        self._path, self._terminal, self._verbose = log_file, terminal, verbose
+        self._fd: int | None = None
+        self.log_trouble: str | None = None
+
+    def log(self, line: str) -> None:
+        """Append a line to LOG_FILE; where that fails, it is remembered as `log_trouble` and the work goes on."""
+        try:
+            if self._fd is None:
+                self._fd = _open_log(self._path)
+            stamp = time.strftime("[%Y-%m-%d %H:%M:%S]")
+            os.write(self._fd, f"{stamp} {clean(line)}\n".encode(errors="backslashreplace"))
+        except OSError as error:
+            self.log_trouble = f"cannot write LOG_FILE {self._path}: {error.strerror}"
+
+    def tell(self, line: str) -> None:
+        """Say what is going on to a person who watches."""
+        if (self._terminal and self._verbose >= 0) or self._verbose > 0:
+            _echo(line)
+
+    def detail(self, line: str) -> None:
+        """Say a detail to a person who asked for details."""
+        if self._verbose > 0:
+            _echo(line, err=True)
+
+    def troubles(self, results: Iterable[Result], others: Iterable[str], cache: Cache, now: float) -> None:
+        """Tell each trouble once, log it hourly, and log its end; one cause that strikes many is one line.
+
+        Args:
+            results: of the binaries this run looked at.
+            others: troubles that belong to no binary.
+            cache: holds what was told before; updated.
+            now: Unix time.
+        """
+        results = list(results)
+        current = {f"{r.name} {r.kind} {r.to_md5 or ''}": (r.name, r.error or "") for r in results if not r.well}
+        current |= {f"* {text.split(':')[0]}": ("", text) for text in others}
+        logged_already = {f"{r.name} {r.kind} {r.to_md5 or ''}" for r in results if r.outcome == "rolled-back"}
+        told: dict[str, list[str]] = {}
+        logged: dict[str, list[str]] = {}
+        for key, (name, text) in current.items():
+            since, at, _ = cache.troubles.get(key, [now, 0.0, ""])
+            fresh = key not in cache.troubles
+            if fresh or self._terminal or self._verbose > 0:
+                told.setdefault(text, []).append(name)
+            if (fresh and key not in logged_already) or (not fresh and abs(now - float(at)) >= _HOUR):
+                logged.setdefault(text, []).append(name)
+            if fresh or text in logged:
+                at = now
+            cache.troubles[key] = [since, at, text]
+        looked_at = {result.name for result in results} | {"*"}
+        for key in [key for key in cache.troubles if key.split(" ")[0] in looked_at and key not in current]:
+            since, _, was = cache.troubles.pop(key)
+            if not any(other.split(" ")[0] == key.split(" ")[0] for other in current):
+                name = key.split(" ")[0].replace("*", "bin-proxy")
+                self.log(f"{name}: over after {max(0.0, now - float(since)) / 60:.0f} min: {was}")
+        for text, names in logged.items():
+            self.log(_line(names, text))
+        for text, names in told.items():
+            _echo(f"bin-proxy: {_line(names, text)}", err=True)
+
+
+def _line(names: list[str], text: str) -> str:
+    if not names[0]:
+        return text
+    more = f" and {len(names) - 5} more" if len(names) > 6 else ""
+    return f"{', '.join(names[:5] if more else names)}{more}: {text}"
+
+
+def _echo(line: str, err: bool = False) -> None:
+    with suppress(OSError):  # nobody listens any more, which is no reason to stop half-way
+        click.echo(clean(line), err=err)
+
+
+def _open_log(path: str) -> int:
+    """Open for appending: an existing file by whatever link leads there, a new one never through a link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(0, "it is a pipe")
+    return fd

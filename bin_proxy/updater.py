@@ -1,0 +1,519 @@
+"""One binary, from its plan to its outcome: stage, activate, watch, commit or roll back; and recovery."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from bin_proxy import plan
+from bin_proxy.bin_manager import BinManager, Release
+from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, Stuck, host_error
+from bin_proxy.health import probe
+from bin_proxy.manifest import Binary, record_md5s
+from bin_proxy.process import run
+from bin_proxy.settings import Settings
+from bin_proxy.slot import (
+    Backups,
+    Part,
+    Slot,
+    Space,
+    check_writable,
+    discard,
+    dress,
+    identity,
+    inspect,
+    locate,
+    part_path,
+    swap,
+)
+from bin_proxy.state import Record, State, Unwell
+from bin_proxy.supervisor import TRYING, Process, Supervisor, choose
+
+_PROBE_BEFORE = 10.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one binary. `seconds` is how long its activation took; `kind` names the trouble, if there is one.
+
+    `error` says what is wrong, `note` what a person who watches wants to know besides."""
+
+    name: str
+    outcome: str
+    well: bool
+    from_md5: str | None = None
+    to_md5: str | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    kind: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A binary's processes as they are before an update: the pid of each that is to run afterwards, 0 for none."""
+
+    processes: dict[str, int]
+    healthy: bool
+    probed: bool
+
+
+def short(md5: str | None) -> str:
+    """An MD5 as people read it."""
+    return md5[:8] if md5 else "nothing"
+
+
+class Updater:
+    """Works through single binaries. Only the holder of the lock may use it, and only its main thread (but `stage`).
+
+    Args:
+        settings: every setting.
+        state: the durable memory.
+        tell: called with one line for people who watch.
+        log: called with one line for LOG_FILE.
+    """
+
+    def __init__(
+        self, settings: Settings, state: State, tell: Callable[[str], None], log: Callable[[str], None]
+    ) -> None:
+        self._settings, self._state = settings, state
+        self._tell, self._log = tell, log
+        self._supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, tell)
+        self._backups = Backups(settings.state_dir)
+        self._listing: dict[str, Process] | HostError | None = None
+        self.space = Space()
+
+    def preflight(self, binary: Binary, slot: Slot) -> None:
+        """All that can be known of the host before a download.
+
+        Raises:
+            HostError: it would not do to update this binary now.
+        """
+        check_writable(slot.folder)
+        if self._listing is None and self._asks_supervisor(binary):
+            try:
+                self._listing = self._supervisor.processes()
+            except HostError as error:
+                self._listing = error
+        self._choose(binary, self._listing)
+
+    def _asks_supervisor(self, binary: Binary) -> bool:
+        if not self._supervisor.command and binary.services:
+            raise HostError(
+                f"there is no supervisorctl to restart {', '.join(binary.services)}: install it, or set SUPERVISORCTL"
+            )
+        return bool(self._supervisor.command) and binary.services != ()
+
+    def _choose(self, binary: Binary, listing: dict[str, Process] | HostError | None) -> list[Process]:
+        if listing is None or not self._asks_supervisor(binary):
+            return []
+        if isinstance(listing, HostError):
+            raise HostError(
+                f'{listing}; nothing is updated without it ("service": false in the manifest if there is none)'
+            )
+        return choose(listing, binary.services, binary.name)
+
+    def _service(self, binary: Binary) -> Service:
+        listing = self._supervisor.processes() if self._asks_supervisor(binary) else None
+        chosen = self._choose(binary, listing)
+        down = self._state.memory(binary.name).down
+        running = [process for process in chosen if process.state != "STOPPED" or process.name in down]
+        probed = binary.health is not None and (bool(running) or not chosen)
+        healthy = all(process.state == "RUNNING" for process in running)
+        if healthy and probed and binary.health:
+            healthy = probe(binary.health, min(_PROBE_BEFORE, binary.health_timeout)) is None
+        return Service({process.name: process.pid or 0 for process in running}, healthy, probed)
+
+    def stage(
+        self,
+        binary: Binary,
+        slot: Slot,
+        release: Release,
+        api: BinManager,
+        watch: Callable[[Part], None],
+        whole: Callable[[], None],
+    ) -> Release:
+        """Download, verify and make durable, beside the target; nothing else is touched. Threads may call this.
+
+        Args:
+            binary, slot, release: what goes where.
+            api: where it comes from.
+            watch: called with the file under way, for a progress bar.
+            whole: called when the last byte has come.
+
+        Returns:
+            the release that is staged, or another one, not staged, that bin-manager names meanwhile.
+
+        Raises:
+            BinManagerError: it did not come, or not whole.
+            HostError: it cannot be written, or verifyCommand cannot be run.
+            ReleaseError: verifyCommand refuses it.
+        """
+        path = part_path(slot.target, binary.name, release.md5)
+        part = Part(path, release, self._settings.max_download, self.space)
+        old_size = slot.status.st_size if slot.status else 0
+        elsewhere = os.stat(self._settings.state_dir).st_dev != os.stat(slot.folder).st_dev
+        try:
+            watch(part)
+            if elsewhere:  # the backup is a copy there, and going back needs another here
+                self.space.claim(f"{path}:backup", self._settings.state_dir, old_size)
+                self.space.claim(f"{path}:restore", slot.folder, old_size)
+            try:
+                self._fill(part, binary, release, api)
+            except CorruptDownload:
+                discard(path)
+                newest = api.latest(binary)
+                if newest.md5 != release.md5:
+                    return newest
+                raise
+            whole()
+            part.finish()
+        finally:
+            part.close()
+            self.space.free(f"{path}:backup")
+            self.space.free(f"{path}:restore")
+        if binary.verify:
+            self._verify(binary, path)
+        return release
+
+    def _fill(self, part: Part, binary: Binary, release: Release, api: BinManager) -> None:
+        if not part.is_whole():
+            api.download(binary, release, part)
+        try:
+            part.verify()
+        except CorruptDownload:
+            if not part.resumed:
+                raise
+            part.restart()  # the beginning was another release's
+            api.download(binary, release, part)
+            part.verify()
+
+    def _verify(self, binary: Binary, path: str) -> None:
+        assert binary.verify
+        try:
+            os.chmod(path, 0o700)
+            done = run([word.replace("{file}", path) for word in binary.verify], binary.health_timeout)
+            os.chmod(path, 0o600)
+        except OSError as error:
+            raise host_error(f"verify {path}", error) from error
+        if done.code is None:
+            raise HostError(f"verifyCommand {binary.verify[0]} did not end within {binary.health_timeout:g} s")
+        if done.code != 0:
+            discard(path)
+            raise ReleaseError(f"verifyCommand {binary.verify[0]} exited {done.code}: {done.last_words}")
+
+    def stage_backup(self, binary: Binary, slot: Slot, md5: str) -> None:
+        """Stage a kept release as `stage` does a downloaded one.
+
+        Raises:
+            HostError: it is damaged or cannot be staged.
+        """
+        try:
+            self._backups.stage(binary.name, md5, part_path(slot.target, binary.name, md5))
+        except OSError as error:
+            raise host_error(f"stage the backup of {binary.name}", error) from error
+
+    def backups_of(self, name: str) -> list[str]:
+        """The MD5s of the kept releases of a binary, newest first."""
+        return self._backups.listed(name, self._state.memory(name).backups)
+
+    def activate(self, binary: Binary, slot: Slot, md5: str, by: str) -> Result:
+        """Swap the staged release in, restart, watch, and commit or roll back.
+
+        Args:
+            binary: the manifest's entry.
+            slot: the file that was compared; if it has changed since, nothing is done.
+            md5: the staged release.
+            by: "sync" or "operator".
+
+        Raises:
+            HostError: nothing was changed.
+        """
+        service = self._service(binary)
+        part = part_path(slot.target, binary.name, md5)
+        target, status = locate(binary.path)
+        before, now = (identity(found) if found else None for found in (slot.status, status))
+        if target != slot.target or before != now:
+            raise HostError(f"{slot.target} was changed by somebody else; the next run looks again")
+        inode = status.st_ino if status else 0
+        record = Record(
+            binary.name,
+            slot.target,
+            slot.md5,
+            md5,
+            inode,
+            service.processes,
+            service.healthy,
+            service.probed,
+            by,
+            time.time(),
+        )
+        self._state.write_record(record)
+        self._tell(f"{binary.name}: {short(slot.md5)} -> {short(md5)}")
+        staged = None
+        try:
+            staged = os.stat(part).st_ino
+            if slot.md5:
+                self._backups.add(binary.name, slot)
+            dress(part, slot.target)
+            swap(part, slot.target)
+        except OSError as error:
+            cause = host_error(f"replace {slot.target}", error)
+            with suppress(OSError):
+                if os.lstat(slot.target).st_ino == staged:
+                    return self._roll_back(record, binary, cause)
+            self._back_out(record, slot, part)
+            raise cause from error
+        return self._settle(record, binary)
+
+    def _back_out(self, record: Record, slot: Slot, part: str) -> None:
+        """Tidy up before a swap that did not happen; what fails here is found by the next run, by the record."""
+        with suppress(OSError, HostError):
+            with suppress(FileNotFoundError):
+                os.chmod(part, 0o600)
+            self._prune(record, slot)
+            self._state.close_record(record.name)
+
+    def _settle(self, record: Record, binary: Binary) -> Result:
+        try:
+            pids = self._bring_up(record, binary, record.processes)
+        except (ReleaseError, HostError) as cause:
+            return self._roll_back(record, binary, cause)
+        return self._commit(record, pids)
+
+    def _bring_up(self, record: Record, binary: Binary, before: dict[str, int]) -> dict[str, int]:
+        said = self._supervisor.restart(before) if before else {}
+        check = binary.health if record.probed else None
+        if not before and not check:
+            return {}
+        look = (lambda timeout: probe(check, timeout)) if check else None
+        return self._supervisor.watch(before, said, binary.min_healthy, look, binary.health_timeout)
+
+    def _commit(self, record: Record, pids: dict[str, int]) -> Result:
+        memory, now = self._state.memory(record.name), time.time()
+        memory.release(record.new)
+        memory.unwell, memory.lost, memory.updated_at = None, False, now
+        memory.down, memory.parts, memory.seen = [], [], {}
+        if record.old and record.old != record.new:
+            plan.leave(memory, record.old, now)
+            if record.by == "operator":
+                memory.hold(record.old, "an operator went back from it with rollback", now, "operator")
+        seconds = now - record.since
+        before = ",".join(str(pid) for pid in record.processes.values()) or "-"
+        after = ",".join(str(pid) for pid in pids.values()) or "-"
+        how = "rolled back by hand" if record.by == "operator" else "updated"
+        self._log(f"{record.name}: {how} {record.old or '-'} -> {record.new}, pid {before} -> {after}, {seconds:.1f} s")
+        result = Result(record.name, "updated", True, record.old, record.new, seconds)
+        return self._close(record, Slot(record.target, None, record.new), result)
+
+    def _close(self, record: Record, installed: Slot, result: Result) -> Result:
+        """Make what was decided durable, and only then forget the record; trouble here undoes nothing."""
+        try:
+            try:
+                record_md5s(self._settings.manifest, {record.name: installed.md5 or ""})
+            finally:
+                self._prune(record, installed)
+                self._state.save()
+                self._state.close_record(record.name)
+        except HostError as error:
+            told = f"{result.error or f'release {short(record.new)} is installed'}, but: {error}"
+            return replace(result, well=False, error=told, kind=result.kind or "host")
+        return result
+
+    def _prune(self, record: Record, installed: Slot) -> None:
+        memory = self._state.memory(record.name)
+        order = [md5 for md5 in (record.old, *memory.backups) if md5]
+        try:
+            memory.backups = self._backups.prune(
+                record.name, list(dict.fromkeys(order)), self._settings.backups_keep, installed
+            )
+        except OSError as error:
+            raise host_error("prune the backups", error) from error
+
+    def _roll_back(self, record: Record, binary: Binary, cause: BinProxyError) -> Result:
+        self._tell(f"{record.name}: {cause}; going back to {short(record.old)}")
+        record.phase, record.reason = "rolling-back", str(cause)
+        record.fault = "release" if isinstance(cause, ReleaseError) else "host"
+        with suppress(HostError):  # a full disk must not bar the way back
+            self._state.write_record(record)
+        return self._undo(record, binary)
+
+    def _undo(self, record: Record, binary: Binary) -> Result:
+        failed = Result(record.name, "failed", False, record.old, record.new, kind="host")
+        try:
+            self._restore(record)
+        except (OSError, HostError) as error:
+            return self._unresolved(failed, f"{record.reason}; and the previous release cannot be restored: {error}")
+        try:
+            came_back, words = self._resume(record, binary)
+        except HostError as error:
+            return self._unresolved(failed, f"{record.reason}; the previous release is restored, but: {error}")
+        return self._conclude(record, came_back, words)
+
+    def _unresolved(self, failed: Result, words: str) -> Result:
+        self._log(f"{failed.name}: roll-back not finished: {words}")
+        return replace(failed, error=f"{words}; the next run goes on with it", kind="roll-back")
+
+    def _restore(self, record: Record) -> None:
+        on_disk = inspect(record.target, None).md5
+        if on_disk == record.old:
+            return
+        if record.old is None:
+            os.unlink(record.target)
+            return
+        part = part_path(record.target, record.name, record.old)
+        self._backups.stage(record.name, record.old, part)
+        dress(part, record.target)
+        swap(part, record.target)
+
+    def _resume(self, record: Record, binary: Binary) -> tuple[bool | None, str]:
+        """Give the previous release its service back.
+
+        Returns:
+            whether it came up healthy (None where that is not waited for), and what is to be said of it.
+        """
+        if record.old is None:
+            found = self._supervisor.processes() if record.processes else {}
+            trying = [name for name in record.processes if name in found and found[name].state in TRYING]
+            if trying:
+                self._supervisor.stop(trying)
+            return None, "the file is removed again"
+        if not record.healthy:
+            if record.processes:
+                with suppress(Stuck):
+                    self._supervisor.restart(record.processes)
+            return None, f"{short(record.old)} is back; its service was not well before either"
+        try:
+            self._bring_up(record, binary, dict.fromkeys(record.processes, 0))
+        except (ReleaseError, Stuck) as error:
+            return False, f"{short(record.old)} is back, but does not come up either ({error}): look at the host"
+        return True, f"{short(record.old)} is back" + (" and runs" if record.processes else "")
+
+    def _conclude(self, record: Record, came_back: bool | None, words: str) -> Result:
+        memory, now = self._state.memory(record.name), time.time()
+        strikes = memory.strikes.get(record.new, 0)
+        verdict = plan.judge(
+            record.fault,
+            had_previous=record.old is not None,
+            healthy_before=record.healthy,
+            came_back=came_back,
+            strikes=strikes,
+        )
+        plan.leave(memory, record.new, now)
+        if verdict == "hold":
+            memory.hold(record.new, record.reason, now, "failure")
+        elif verdict == "strike":
+            memory.strikes[record.new] = strikes + 1
+        if came_back is False:
+            memory.unwell = Unwell(record.new, 1, now + plan.growing_pause(1), record.reason)
+        memory.down = (
+            [] if came_back else list(record.processes) if came_back is False or record.old is None else memory.down
+        )
+        memory.parts, memory.seen = [], {}
+        kind = "restart" if came_back is False else "release" if verdict == "hold" else "host"
+        what_now = (
+            f"; held: bin-proxy sync --only {record.name} --retry-held tries it again" if verdict == "hold" else ""
+        )
+        error = f"release {short(record.new)} failed: {record.reason}; {words}{what_now}"
+        seconds = now - record.since
+        self._log(
+            f"{record.name}: rolled back {record.new} -> {record.old or '-'}, {seconds:.1f} s: {record.reason}; {words}"
+        )
+        result = Result(record.name, "rolled-back", False, record.old, record.new, seconds, error, kind)
+        return self._close(record, Slot(record.target, None, record.old), result)
+
+    def recover(self, name: str, record: Record | None, binary: Binary | None) -> Result | None:
+        """Resolve an update that was interrupted.
+
+        Args:
+            name: of the binary.
+            record: what was begun; None where it cannot be read.
+            binary: the manifest's entry; None where it has left the manifest.
+
+        Returns:
+            what became of it; None where nothing had happened yet.
+        """
+        try:
+            if record is None:
+                record = self._unknown_record(name, binary)
+                if record is None:
+                    return None
+            times = self._settings.min_healthy, self._settings.health_timeout
+            binary = binary or Binary(name, "", record.target, (), None, *times, None, None)
+            return self._recover(record, binary)
+        except BinProxyError as error:
+            words = f"an interrupted update cannot be resolved yet: {error}"
+            return Result(name, "failed", False, error=words, kind="recovery")
+
+    def _unknown_record(self, name: str, binary: Binary | None) -> Record | None:
+        """What an unreadable record may have begun: at the worst a restart that stopped the service."""
+        if binary is None:
+            return None
+        slot = inspect(binary.path, None)
+        listing = self._supervisor.processes() if self._asks_supervisor(binary) else None
+        processes = {process.name: 0 for process in self._choose(binary, listing)}
+        record = Record(name, slot.target, slot.md5, slot.md5 or "", 0, processes, True, False, "sync", time.time())
+        record.phase, record.fault, record.reason = "rolling-back", "host", "the record of an update could not be read"
+        self._state.write_record(record)
+        return record
+
+    def _recover(self, record: Record, binary: Binary) -> Result | None:
+        slot = inspect(record.target, None)
+        step = plan.decide_recovery(record, slot.md5, untouched=self._is_untouched(record, slot))
+        self._log(f"{record.name}: an update to {record.new} was interrupted: {step}")
+        self._tell(f"{record.name}: an update to {short(record.new)} was interrupted: {step}")
+        if step == "forget":
+            self._prune(record, slot)
+            self._state.close_record(record.name)
+            return None
+        if step == "finish":
+            return self._settle(record, binary)
+        if step == "check":
+            record.old = record.new = str(slot.md5)
+        if record.phase == "activating":
+            record.phase, record.fault = "rolling-back", "host"
+            record.reason = (
+                "it was interrupted" if step == "undo" else "it was interrupted, and another file was put there"
+            )
+            self._state.write_record(record)
+        return self._undo(record, binary)
+
+    def _is_untouched(self, record: Record, slot: Slot) -> bool:
+        if (slot.status.st_ino if slot.status else 0) != record.inode:
+            return False
+        found = self._supervisor.processes() if record.processes else {}
+        return all(name in found and (found[name].pid or 0) == pid for name, pid in record.processes.items())
+
+    def mend(self, binary: Binary, now: float, *, at_once: bool) -> None:
+        """Try again to start the previous release, after it and another one both failed.
+
+        Args:
+            binary: one whose memory says that it is unwell.
+            now: Unix time.
+            at_once: without waiting for the end of its pause.
+
+        Raises:
+            HostError: supervisord cannot be asked.
+        """
+        memory = self._state.memory(binary.name)
+        assert memory.unwell
+        found = self._supervisor.processes()
+        before = {name: 0 for name in memory.down if name in found}
+        runs = all(found[name].state == "RUNNING" for name in before)
+        if not runs and not at_once and not plan.is_due(memory.unwell.until, now):
+            return
+        look = (lambda timeout: probe(check, timeout)) if (check := binary.health) else None
+        try:
+            said = {} if runs else self._supervisor.restart(before)
+            self._supervisor.watch(before, said, binary.min_healthy, look, binary.health_timeout)
+        except (ReleaseError, Stuck) as error:
+            count = memory.unwell.count + 1
+            until = time.time() + plan.growing_pause(count)
+            memory.unwell = replace(memory.unwell, count=count, until=until, reason=str(error))
+        else:
+            self._log(f"{binary.name}: runs again after {memory.unwell.count} failed restarts")
+            memory.unwell, memory.down = None, []
+        self._state.save()
