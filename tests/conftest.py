@@ -1,0 +1,45 @@
+"""Fixtures, and what a test says where a program it needs is not installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.host import Host, running_host
+
+
+def require(*programs: str) -> None:
+    """Skip the test where a program is missing, saying which; in CI that is a failure."""
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing and os.environ.get("BIN_PROXY_CI"):
+        pytest.fail(f"{', '.join(missing)} must be installed here")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def require_root() -> None:
+    """Skip the test where it is not run as root; in CI that is a failure."""
+    if os.geteuid() != 0:
+        if os.environ.get("BIN_PROXY_CI"):
+            pytest.fail("must be run as root here")
+        pytest.skip("needs root")
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """A host without supervisord; the test makes of it what it needs."""
+    made = Host()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def manager_host() -> Iterator[Host]:
+    """A host on which supervisord runs the program "manager", release v1, which is what bin-manager has, too."""
+    with running_host("manager") as made:
+        yield made
