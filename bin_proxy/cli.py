@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -72,7 +73,19 @@ def cli(context: click.Context, /, verbose: bool, quiet: bool, **options: str | 
     context.obj = Context(named, int(verbose) - int(quiet))
 
 
-_only = click.option("--only", multiple=True, metavar="NAME", help="Only this binary; may be repeated.")
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The manifest's names, for the shell; none where they cannot be had."""
+    try:
+        named = {key.upper(): value for key, value in (context.parent.params if context.parent else {}).items()}
+        settings = load_settings({**named, "CONFIG": named.get("BIN_PROXY_CONFIG")}, dict(os.environ))
+        return [b.name for b in load_manifest(settings) if b.name.startswith(incomplete)]
+    except UsageError:
+        return []
+
+
+_only = click.option(
+    "--only", multiple=True, metavar="NAME", shell_complete=_complete, help="Only this binary; may be repeated."
+)
 
 
 @cli.command()
@@ -108,7 +121,7 @@ def sync(
     options = Options(only, dry_run, retry_held, 0.0 if sys.stdout.isatty() else splay)
     signals = Signals()
     with nullcontext() if dry_run else locked(settings.state_dir, wait):
-        run = Sync(settings, binaries, options, report, signals, lambda parts: None)
+        run = Sync(settings, binaries, options, report, signals)
         run.run()
         results = [run.results[binary.name] for binary in binaries if binary.name in run.results]
         results += [result for name, result in run.results.items() if name not in {binary.name for binary in binaries}]
@@ -134,6 +147,114 @@ def _manifest(settings: Settings, names: Iterable[str]) -> tuple[Binary, ...]:
             f"the manifest {settings.manifest} has no {', '.join(unknown)}; it has {', '.join(known) or 'nothing'}"
         )
     return binaries
+
+
+@cli.command()
+@_only
+@click.option("--offline", is_flag=True, help="Compare with bin-manager's last known answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--check", is_flag=True, help="Exit 1 unless all is well, for monitoring.")
+@click.pass_obj
+def status(context: Context, only: tuple[str, ...], offline: bool, as_json: bool, check: bool) -> int:
+    """Show what runs, why it is not the latest, and what to type next.
+
+    \b
+    Examples:
+      bin-proxy status
+      bin-proxy status --check --offline
+    """
+    from bin_proxy import status as view
+
+    settings = context.settings()
+    binaries = tuple(b for b in _manifest(settings, only) if not only or b.name in only)
+    found = view.survey(settings, binaries, offline=offline)
+    if as_json:
+        click.echo(json.dumps(view.as_json(found), indent=2))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+        for line in view.render(found, offline=offline, width=width):
+            click.echo(line, color=False if "NO_COLOR" in os.environ else None)
+    return int(check and not all(row["well"] for row in found["binaries"]))
+
+
+@cli.command()
+@click.argument("name", shell_complete=_complete)
+@click.option("--to", metavar="MD5", help="A kept release, or the beginning of its MD5; see status --json.")
+@click.pass_obj
+def rollback(context: Context, name: str, to: str | None) -> int:
+    """Go back to the previous release of NAME; the release that is left is held.
+
+    \b
+    Examples:
+      bin-proxy rollback manager
+      bin-proxy rollback manager --to 0cc175b9
+    """
+    settings = context.settings()
+    from bin_proxy import operator
+    from bin_proxy.guard import Signals
+    from bin_proxy.report import Report
+
+    binary = next(b for b in _manifest(settings, [name]) if b.name == name)
+    report = Report(settings.log_file, terminal=sys.stdout.isatty(), verbose=context.verbose)
+    result = operator.roll_back(settings, binary, to, report, Signals())
+    done = result.well and result.outcome == "updated"
+    click.echo(clean(operator.describe(result) if done else f"bin-proxy: {name}: {result.error}"), err=not done)
+    return 0 if done else 1
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
+@click.option("--reason", default="", metavar="TEXT", help="For whoever comes next.")
+@click.option("--for", "duration", metavar="DURATION", help="Until when: 30m, 2h, 1d, 1h30m; without it, until resume.")
+@click.pass_obj
+def pause(context: Context, names: tuple[str, ...], reason: str, duration: str | None) -> int:
+    """Leave binaries as they are; without NAME, the whole host.
+
+    \b
+    Examples:
+      bin-proxy pause manager --reason "INC-42, ask Wei" --for 2h
+      bin-proxy pause
+    """
+    from bin_proxy import operator
+
+    settings = context.settings()
+    _manifest(settings, names)
+    seconds = operator.parse_duration(duration) if duration else None
+    for line in operator.pause(settings, names, reason, seconds):
+        click.echo(clean(line))
+    return 0
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
+@click.pass_obj
+def resume(context: Context, names: tuple[str, ...]) -> int:
+    """End the pause of binaries; without NAME, that of the whole host."""
+    from bin_proxy import operator
+
+    settings = context.settings()
+    for line in operator.resume(settings, names):
+        click.echo(clean(line))
+    return 0
+
+
+@cli.command()
+@click.pass_obj
+def doctor(context: Context) -> int:
+    """Check everything that is needed; say what is wrong and what to do."""
+    try:
+        settings = context.settings()
+    except UsageError as error:
+        for fault in error.faults:
+            click.echo(clean(f"WRONG  {fault}"))
+        return 1
+    from bin_proxy.doctor import examine
+
+    wrong = 0
+    for well, line in examine(settings):
+        wrong += not well
+        click.echo(clean(f"{'ok   ' if well else 'WRONG'}  {line}"))
+    return int(bool(wrong))
 
 
 def _fail(error: BinProxyError) -> int:

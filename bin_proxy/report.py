@@ -7,9 +7,13 @@ import stat
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import click
 
+from bin_proxy.atomic import write_atomically
+from bin_proxy.errors import host_error
+from bin_proxy.slot import Part
 from bin_proxy.state import Cache
 from bin_proxy.updater import Result
 
@@ -35,6 +39,8 @@ class Report:
     def __init__(self, log_file: str, *, terminal: bool, verbose: int) -> None:
         self._path, self._terminal, self._verbose = log_file, terminal, verbose
         self._fd: int | None = None
+        self._bar: Any = None
+        self._seen: dict[str, Part] = {}
         self.log_trouble: str | None = None
 
     def log(self, line: str) -> None:
@@ -50,7 +56,26 @@ class Report:
     def tell(self, line: str) -> None:
         """Say what is going on to a person who watches."""
         if (self._terminal and self._verbose >= 0) or self._verbose > 0:
+            self.progress([])
             _echo(line)
+
+    def progress(self, parts: list[Part]) -> None:
+        """Show how far the downloads under way are; none takes the bar away."""
+        if not self._terminal or self._verbose < 0:
+            return
+        if not parts:
+            if self._bar:
+                self._bar.render_finish()
+            self._bar, self._seen = None, {}
+            return
+        self._seen |= {part.path: part for part in parts}
+        done = sum(part.offset for part in self._seen.values())
+        total = max(1, done, sum(part.total or 0 for part in self._seen.values()))
+        if self._bar is None:
+            self._bar = click.progressbar(length=total, label="downloading", width=0, show_pos=False)
+            self._bar.render_progress()
+        self._bar.length = total
+        self._bar.update(done - self._bar.pos)
 
     def detail(self, line: str) -> None:
         """Say a detail to a person who asked for details."""
@@ -117,3 +142,38 @@ def _open_log(path: str) -> int:
         os.close(fd)
         raise OSError(0, "it is a pipe")
     return fd
+
+
+def write_metrics(path: str, cache: Cache, names: list[str], paused: set[str]) -> None:
+    """Write METRICS_FILE for node_exporter's textfile collector, which reads it at any time.
+
+    Args:
+        path: the file; it gets mode 0644.
+        cache: knows the last sync, and each binary's last outcome.
+        names: of all binaries.
+        paused: those that an operator paused.
+
+    Raises:
+        HostError: it is as it was.
+    """
+    at, code = cache.last_sync
+    lines: list[str] = []
+
+    def add(name: str, text: str, values: dict[str, float]) -> None:
+        lines.extend((f"# HELP bin_proxy_{name} {text}", f"# TYPE bin_proxy_{name} gauge"))
+        lines.extend(f"bin_proxy_{name}{label} {value:.17g}" for label, value in values.items())
+
+    def each(*outcomes: str) -> dict[str, float]:
+        return {f'{{binary="{name}"}}': float(cache.outcomes.get(name) in outcomes) for name in names}
+
+    add("last_sync_timestamp_seconds", "When the last sync ended.", {"": at})
+    add("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code})
+    add("binary_current", "1 where the binary is the release that bin-manager names.", each("current", "updated"))
+    add("binary_held", "1 where the release is held because it failed.", each("held", "rolled-back"))
+    add("binary_held_by_operator", "1 where an operator went back from the release.", each("held by operator"))
+    add("binary_failed", "1 where the last sync could not do its work.", each("failed"))
+    add("binary_paused", "1 where an operator paused it.", {f'{{binary="{n}"}}': float(n in paused) for n in names})
+    try:
+        write_atomically(path, "\n".join([*lines, ""]).encode(), durable=False)
+    except OSError as error:
+        raise host_error(f"write METRICS_FILE {path}", error) from error

@@ -233,13 +233,13 @@ class State:
         self.unreadable: list[tuple[str, str]] = []
         self._dirty = False
         self._saved = ""
-        data = self._load("state.json", {"memories": {"*": _SHAPES}, "pauses": {"*": _PAUSE}})
+        data = self._load("state.json", {"memories": {"*": _SHAPES}})
         lost = bool(self.unreadable)
         self._memories = {name: _memory(found) for name, found in (data or {"memories": {}})["memories"].items()}
-        self.pauses = {name: Pause(**pause) for name, pause in (data or {"pauses": {}})["pauses"].items()}
         if lost:
             self._memories = {name: Memory(lost=True) for name in known}
         self._saved = self._state_text()
+        self.load_pauses()
         cache = self._load("cache.json", _CACHE)
         self.cache = Cache(**(cache or {}))
         self.records: dict[str, Record | None] = {}
@@ -286,6 +286,10 @@ class State:
             except OSError as error:
                 raise host_error(f"set the unreadable {path} aside", error) from error
             lines.append(f"{path} cannot be read ({why}); kept as {aside}")
+            if file == "pauses.json":
+                lines[-1] += "; all binaries are paused until bin-proxy resume"
+                self.pauses["*"] = Pause("what was paused could not be read", time.time(), None)
+                self.save_pauses()
         self._saved = "" if any(file == "state.json" for file, _ in self.unreadable) else self._saved
         self.unreadable = []
         return lines
@@ -318,6 +322,20 @@ class State:
         """All memories by name, of binaries that have left the manifest too."""
         return self._memories
 
+    def load_pauses(self) -> None:
+        """Read the operator's pauses, which may have come while a sync was at work."""
+        data = self._load("pauses.json", {"pauses": {"*": _PAUSE}})
+        self.pauses = {name: Pause(**pause) for name, pause in (data or {"pauses": {}})["pauses"].items()}
+
+    def save_pauses(self) -> None:
+        """Make the operator's pauses durable.
+
+        Raises:
+            HostError: they are as they were.
+        """
+        pauses = {name: asdict(pause) for name, pause in self.pauses.items()}
+        self._write("pauses.json", json.dumps({"version": VERSION, "pauses": pauses}))
+
     def pause_of(self, name: str, now: float) -> Pause | None:
         """The operator's pause of a binary, or of the whole host, that is in force at Unix time `now`."""
         for key in (name, "*"):
@@ -329,9 +347,7 @@ class State:
     def _state_text(self) -> str:
         blank = Memory()
         memories = {name: asdict(memory) for name, memory in self._memories.items() if memory != blank}
-        return json.dumps(
-            {"version": VERSION, "memories": memories, "pauses": {k: asdict(v) for k, v in self.pauses.items()}}
-        )
+        return json.dumps({"version": VERSION, "memories": memories})
 
     def save(self) -> None:
         """Make memories and pauses durable, if they changed.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bin_proxy import plan
@@ -13,7 +12,7 @@ from bin_proxy.bin_manager import BinManager, Release
 from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, Unreachable
 from bin_proxy.guard import Signals
 from bin_proxy.manifest import Binary, record_md5s
-from bin_proxy.report import Report
+from bin_proxy.report import Report, write_metrics
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Part, Slot, discard, inspect, part_path, remember
 from bin_proxy.state import Memory, State
@@ -42,22 +41,14 @@ class Sync:
         options: what is wanted of this run.
         report: who is told.
         signals: held back while a binary is being swapped.
-        on_wait: called again and again with the downloads under way, for a progress bar.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        binaries: tuple[Binary, ...],
-        options: Options,
-        report: Report,
-        signals: Signals,
-        on_wait: Callable[[list[Part]], None],
+        self, settings: Settings, binaries: tuple[Binary, ...], options: Options, report: Report, signals: Signals
     ) -> None:
         self._settings, self._options, self._report, self._signals = settings, options, report, signals
         self._binaries = {binary.name: binary for binary in binaries}
         self._selected = [binary for binary in binaries if not options.only or binary.name in options.only]
-        self._on_wait = on_wait
         self.state = State(settings.state_dir, tuple(self._binaries))
         self.results: dict[str, Result] = {}
         self.troubles: list[str] = []
@@ -88,7 +79,7 @@ class Sync:
         while self._workers.busy() or self._ready:
             for (step, binary, *context), outcome in self._workers.results(0 if self._ready else 0.25):
                 step(binary, *context, outcome)
-            self._on_wait([part for name, part in self._parts.items() if name not in self.results])
+            self._report.progress([part for name, part in self._parts.items() if name not in self.results])
             if self._ready:
                 name = next(binary.name for binary in self._selected if binary.name in self._ready)
                 self._activate(self._binaries[name], *self._ready.pop(name))
@@ -119,14 +110,17 @@ class Sync:
             self.troubles.append(str(error))
 
     def _begin(self, binary: Binary) -> None:
-        pause = self.state.pause_of(binary.name, time.time())
         if binary.name in self.state.records and not self._options.dry_run:
             self._end(self._recovered[binary.name])
-        elif pause:
-            why = f"paused by an operator: {pause.reason or 'no reason given'}; bin-proxy resume {binary.name} ends it"
-            self._end(Result(binary.name, "paused", True, note=why))
-        else:
+        elif not self._is_paused(binary):
             self._workers.submit((self._looked, binary), math.inf, lambda job: self._look(job, binary))
+
+    def _is_paused(self, binary: Binary) -> bool:
+        pause = self.state.pause_of(binary.name, time.time())
+        if pause:
+            why = f"by an operator: {pause.reason or 'no reason given'}; bin-proxy resume ends it"
+            self._end(Result(binary.name, "paused", True, note=why))
+        return pause is not None
 
     def _look(self, job: Job, binary: Binary) -> tuple[Slot, Release]:
         slot = inspect(binary.path, self.state.cache.digests.get(binary.path))
@@ -215,6 +209,9 @@ class Sync:
             self._fail(binary, slot, outcome, HostError("bin-manager names another release each time it is asked"))
 
     def _activate(self, binary: Binary, slot: Slot, md5: str) -> None:
+        self.state.load_pauses()
+        if self._is_paused(binary):
+            return
         try:
             with self._signals.held():
                 result = self._updater.activate(binary, slot, md5, "sync")
@@ -240,7 +237,8 @@ class Sync:
         if recovered and result.outcome != "updated" and not (recovered.well and not result.well):
             result = recovered
         self.results[result.name] = result
-        self.state.cache.outcomes[result.name] = result.outcome
+        by_operator = result.outcome == "held" and result.well
+        self.state.cache.outcomes[result.name] = "held by operator" if by_operator else result.outcome
         if self._options.dry_run:
             return
         if result.outcome == "updated" and result.well:
@@ -288,6 +286,9 @@ class Sync:
         self._report.troubles(results, [*self.troubles, *trouble_of_log], cache, now)
         try:
             self.state.save_cache()
+            if self._settings.metrics_file:
+                pauses = {name for name in self._binaries if self.state.pause_of(name, now)}
+                write_metrics(self._settings.metrics_file, cache, list(self._binaries), pauses)
         except HostError as error:
             self._report.troubles([], [str(error)], cache, now)
             return 1
