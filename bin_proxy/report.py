@@ -13,7 +13,7 @@ import click
 
 from bin_proxy.atomic import write_atomically
 from bin_proxy.errors import host_error
-from bin_proxy.slot import Part
+from bin_proxy.part import Part
 from bin_proxy.state import Cache
 from bin_proxy.updater import Result
 

@@ -12,8 +12,9 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, is_dataclass
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bin_proxy.atomic import fsync_folder, write_atomically
 from bin_proxy.errors import host_error
@@ -158,66 +159,36 @@ class Cache:
     last_sync: list[float] = field(default_factory=list)
 
 
-_NUMBER = (int, float)
-_SHAPES: dict[str, Any] = {
-    "holds": [{"md5": str, "reason": str, "since": _NUMBER, "by": str}],
-    "retries": {"*": {"count": int, "until": _NUMBER, "kind": str, "reason": str}},
-    "left": {"*": [_NUMBER]},
-    "strikes": {"*": int},
-    "unwell": (None, {"md5": str, "count": int, "until": _NUMBER, "reason": str}),
-    "down": [str],
-    "backups": [str],
-    "parts": [str],
-    "seen": {"*": _NUMBER},
-    "updated_at": (None, *_NUMBER),
-    "lost": bool,
-}
-_PAUSE = {"reason": str, "since": _NUMBER, "until": (None, *_NUMBER)}
-_RECORD = {
-    "name": str,
-    "target": str,
-    "old": (None, str),
-    "new": str,
-    "inode": int,
-    "processes": {"*": int},
-    "healthy": bool,
-    "probed": bool,
-    "by": str,
-    "since": _NUMBER,
-    "phase": str,
-    "fault": str,
-    "reason": str,
-}
-_CACHE = {
-    "digests": {"*": [(int, str)]},
-    "answers": {"*": [(str, *_NUMBER)]},
-    "troubles": {"*": [(str, *_NUMBER)]},
-    "outcomes": {"*": str},
-    "last_sync": [_NUMBER],
-}
+@dataclass
+class _Memories:
+    memories: dict[str, Memory] = field(default_factory=dict)
 
 
-def _fits(value: Any, shape: Any) -> bool:
-    """Whether a JSON value has a shape: a type, None, [shape], {"*": shape}, {key: shape} or a tuple of these."""
-    if isinstance(shape, tuple):
-        return any(_fits(value, one) for one in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(item, shape[0]) for item in value)
-    if isinstance(shape, dict) and "*" in shape:
-        return isinstance(value, dict) and all(_fits(item, shape["*"]) for item in value.values())
-    if isinstance(shape, dict):
-        return (
-            isinstance(value, dict) and value.keys() == shape.keys() and all(_fits(value[k], shape[k]) for k in shape)
-        )
-    return value is None if shape is None else type(value) is shape
+@dataclass
+class _Pauses:
+    pauses: dict[str, Pause] = field(default_factory=dict)
 
 
-def _memory(data: dict[str, Any]) -> Memory:
-    memory = Memory(**data)
-    memory.holds = [Hold(**hold) for hold in data["holds"]]
-    memory.retries = {md5: Retry(**retry) for md5, retry in data["retries"].items()}
-    memory.unwell = Unwell(**data["unwell"]) if data["unwell"] else None
-    return memory
+def decode(kind: Any, value: Any) -> Any:
+    """Build a value of the type `kind`, dataclasses included, from what JSON gave.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    arguments = get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        if value.keys() == hints.keys():
+            return kind(**{key: decode(hint, value[key]) for key, hint in hints.items()})
+    elif get_origin(kind) is list and isinstance(value, list):
+        return [decode(arguments[0], item) for item in value]
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        return {key: decode(arguments[1], item) for key, item in value.items()}
+    elif type(value) in (arguments or (kind,)) or (type(value) is int and float in (arguments or (kind,))):
+        return value
+    elif arguments and is_dataclass(arguments[0]) and get_origin(kind) is UnionType and value is not None:
+        return decode(arguments[0], value)
+    raise ValueError("it is not what bin-proxy writes")
 
 
 class State:
@@ -231,42 +202,34 @@ class State:
     def __init__(self, folder: str, known: tuple[str, ...]) -> None:
         self.folder = folder
         self.unreadable: list[tuple[str, str]] = []
-        self._dirty = False
-        self._saved = ""
-        data = self._load("state.json", {"memories": {"*": _SHAPES}})
-        lost = bool(self.unreadable)
-        self._memories = {name: _memory(found) for name, found in (data or {"memories": {}})["memories"].items()}
-        if lost:
+        self._memories: dict[str, Memory] = self._load("state.json", _Memories).memories
+        if self.unreadable:
             self._memories = {name: Memory(lost=True) for name in known}
         self._saved = self._state_text()
         self.load_pauses()
-        cache = self._load("cache.json", _CACHE)
-        self.cache = Cache(**(cache or {}))
+        self.cache: Cache = self._load("cache.json", Cache)
         self.records: dict[str, Record | None] = {}
         with suppress(FileNotFoundError):
             for file in sorted(os.listdir(os.path.join(folder, "journal"))):
                 if file.endswith(".json"):
-                    record = self._load(f"journal/{file}", _RECORD)
-                    self.records[file.removesuffix(".json")] = Record(**record) if record else None
+                    self.records[file.removesuffix(".json")] = self._load(f"journal/{file}", Record)
 
-    def _load(self, file: str, shape: dict[str, Any]) -> dict[str, Any] | None:
+    def _load(self, file: str, kind: Any) -> Any:
+        """The file's content; where it is absent or unreadable, an empty `kind` (None for a record)."""
         path = os.path.join(self.folder, file)
         try:
             with open(path, "rb") as opened:
                 data = parse_json(opened.read(_LARGEST).decode())
+            if not isinstance(data, dict) or data.pop("version", None) != VERSION:
+                raise ValueError("it is of another version of bin-proxy")
+            return decode(kind, data)
         except FileNotFoundError:
-            return None
+            pass
         except OSError as error:
             raise host_error(f"read {path}", error) from error
         except ValueError as error:
             self.unreadable.append((file, str(error)))
-            return None
-        version = data.pop("version", None) if isinstance(data, dict) else None
-        if version != VERSION or not _fits(data, shape):
-            why = f"it is of version {version}" if version not in (None, VERSION) else "it is not what bin-proxy writes"
-            self.unreadable.append((file, why))
-            return None
-        return dict(data)
+        return None if kind is Record else kind()
 
     def set_aside(self) -> list[str]:
         """Rename each unreadable file, so that it is kept, told once and in nobody's way.
@@ -324,8 +287,7 @@ class State:
 
     def load_pauses(self) -> None:
         """Read the operator's pauses, which may have come while a sync was at work."""
-        data = self._load("pauses.json", {"pauses": {"*": _PAUSE}})
-        self.pauses = {name: Pause(**pause) for name, pause in (data or {"pauses": {}})["pauses"].items()}
+        self.pauses: dict[str, Pause] = self._load("pauses.json", _Pauses).pauses
 
     def save_pauses(self) -> None:
         """Make the operator's pauses durable.
@@ -333,8 +295,7 @@ class State:
         Raises:
             HostError: they are as they were.
         """
-        pauses = {name: asdict(pause) for name, pause in self.pauses.items()}
-        self._write("pauses.json", json.dumps({"version": VERSION, "pauses": pauses}))
+        self._write("pauses.json", json.dumps({"version": VERSION, **asdict(_Pauses(self.pauses))}))
 
     def pause_of(self, name: str, now: float) -> Pause | None:
         """The operator's pause of a binary, or of the whole host, that is in force at Unix time `now`."""
@@ -345,9 +306,8 @@ class State:
         return None
 
     def _state_text(self) -> str:
-        blank = Memory()
-        memories = {name: asdict(memory) for name, memory in self._memories.items() if memory != blank}
-        return json.dumps({"version": VERSION, "memories": memories})
+        known = _Memories({name: memory for name, memory in self._memories.items() if memory != Memory()})
+        return json.dumps({"version": VERSION, **asdict(known)})
 
     def save(self) -> None:
         """Make memories and pauses durable, if they changed.
@@ -366,8 +326,7 @@ class State:
         Raises:
             HostError: it is as it was.
         """
-        shallow = {part.name: getattr(self.cache, part.name) for part in fields(Cache)}
-        self._write("cache.json", json.dumps({"version": VERSION, **shallow}), durable=False)
+        self._write("cache.json", json.dumps({"version": VERSION, **vars(self.cache)}), durable=False)
 
     def write_record(self, record: Record) -> None:
         """Make an update's record durable, new or changed.

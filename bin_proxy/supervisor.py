@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from bin_proxy.errors import HostError, ReleaseError, Stuck
+from bin_proxy.manifest import Binary
 from bin_proxy.process import Finished, run
 
 _STATUS = re.compile(r"(\S+)\s+(STOPPED|STARTING|RUNNING|BACKOFF|STOPPING|EXITED|FATAL|UNKNOWN)\b *(.*)")
@@ -88,6 +89,32 @@ class Supervisor:
         self.command = command
         self._restart_timeout = restart_timeout
         self._tell = tell
+        self._listing: dict[str, Process] | HostError | None = None
+
+    def of(self, binary: Binary, *, fresh: bool = False) -> list[Process]:
+        """The processes of a binary; none where it has no service.
+
+        Args:
+            binary: the manifest's entry.
+            fresh: ask supervisord now; otherwise what it said first in this run will do.
+
+        Raises:
+            HostError: supervisord cannot be asked, or does not know a service that is named.
+        """
+        if not self.command and binary.services:
+            services = ", ".join(binary.services)
+            raise HostError(f"there is no supervisorctl to restart {services}: install it, or set SUPERVISORCTL")
+        if not self.command or binary.services == ():
+            return []
+        if fresh or self._listing is None:
+            try:
+                self._listing = self.processes()
+            except HostError as error:
+                way_out = '"service": false in the manifest if there is none'
+                self._listing = HostError(f"{error}; nothing is updated without it ({way_out})")
+        if isinstance(self._listing, HostError):
+            raise self._listing
+        return choose(self._listing, binary.services, binary.name)
 
     def processes(self) -> dict[str, Process]:
         """All processes, in one call.

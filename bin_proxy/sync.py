@@ -12,9 +12,11 @@ from bin_proxy.bin_manager import BinManager, Release
 from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, Unreachable
 from bin_proxy.guard import Signals
 from bin_proxy.manifest import Binary, record_md5s
+from bin_proxy.part import Part, Space
 from bin_proxy.report import Report, write_metrics
 from bin_proxy.settings import Settings
-from bin_proxy.slot import Part, Slot, discard, inspect, part_path, remember
+from bin_proxy.slot import Slot, discard, inspect, part_path, remember
+from bin_proxy.staging import stage
 from bin_proxy.state import Memory, State
 from bin_proxy.updater import Result, Updater, short
 from bin_proxy.workers import Job, Workers
@@ -55,6 +57,7 @@ class Sync:
         self._recovered: dict[str, Result] = {}
         self._updater = Updater(settings, self.state, report.tell, report.log)
         self._api = BinManager(settings, report.detail)
+        self._space = Space()
         self._workers = Workers(settings.jobs, self._late)
         self._parts: dict[str, Part] = {}
         self._ready: dict[str, tuple[Slot, str]] = {}
@@ -185,17 +188,17 @@ class Sync:
         self.state.save()
         self._asked[binary.name] = self._asked.get(binary.name, 0) + 1
 
-        def stage(job: Job) -> Release:
+        def work(job: Job) -> Release:
             def whole() -> None:
                 job.limit = math.inf
 
             def watch(part: Part) -> None:
                 self._parts[binary.name] = part
 
-            return self._updater.stage(binary, slot, release, self._api, watch, whole)
+            return stage(self._settings, self._space, self._api, binary, slot, release, watch, whole)
 
         limit = self._settings.download_timeout + 1
-        self._workers.submit((self._staged, binary, slot, release), limit, stage)
+        self._workers.submit((self._staged, binary, slot, release), limit, work)
 
     def _staged(self, binary: Binary, slot: Slot, release: Release, outcome: Release | BinProxyError) -> None:
         self._parts.pop(binary.name, None)

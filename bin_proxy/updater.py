@@ -1,4 +1,4 @@
-"""One binary, from its plan to its outcome: stage, activate, watch, commit or roll back; and recovery."""
+"""One binary, from its staged file to its outcome: activate, watch, commit or roll back; and recovery."""
 
 from __future__ import annotations
 
@@ -9,28 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from bin_proxy import plan
-from bin_proxy.bin_manager import BinManager, Release
-from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, Stuck, host_error
+from bin_proxy.errors import BinProxyError, HostError, ReleaseError, Stuck, host_error
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
-from bin_proxy.process import run
 from bin_proxy.settings import Settings
-from bin_proxy.slot import (
-    Backups,
-    Part,
-    Slot,
-    Space,
-    check_writable,
-    discard,
-    dress,
-    identity,
-    inspect,
-    locate,
-    part_path,
-    swap,
-)
+from bin_proxy.slot import Backups, Slot, check_writable, dress, identity, inspect, locate, part_path, swap
 from bin_proxy.state import Record, State, Unwell
-from bin_proxy.supervisor import TRYING, Process, Supervisor, choose
+from bin_proxy.supervisor import TRYING, Supervisor
 
 _PROBE_BEFORE = 10.0
 
@@ -52,22 +37,13 @@ class Result:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Service:
-    """A binary's processes as they are before an update: the pid of each that is to run afterwards, 0 for none."""
-
-    processes: dict[str, int]
-    healthy: bool
-    probed: bool
-
-
 def short(md5: str | None) -> str:
     """An MD5 as people read it."""
     return md5[:8] if md5 else "nothing"
 
 
 class Updater:
-    """Works through single binaries. Only the holder of the lock may use it, and only its main thread (but `stage`).
+    """Works through single binaries. Only the holder of the lock may use it, and only its main thread.
 
     Args:
         settings: every setting.
@@ -83,8 +59,6 @@ class Updater:
         self._tell, self._log = tell, log
         self._supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, tell)
         self._backups = Backups(settings.state_dir)
-        self._listing: dict[str, Process] | HostError | None = None
-        self.space = Space()
 
     def preflight(self, binary: Binary, slot: Slot) -> None:
         """All that can be known of the host before a download.
@@ -93,117 +67,7 @@ class Updater:
             HostError: it would not do to update this binary now.
         """
         check_writable(slot.folder)
-        if self._listing is None and self._asks_supervisor(binary):
-            try:
-                self._listing = self._supervisor.processes()
-            except HostError as error:
-                self._listing = error
-        self._choose(binary, self._listing)
-
-    def _asks_supervisor(self, binary: Binary) -> bool:
-        if not self._supervisor.command and binary.services:
-            raise HostError(
-                f"there is no supervisorctl to restart {', '.join(binary.services)}: install it, or set SUPERVISORCTL"
-            )
-        return bool(self._supervisor.command) and binary.services != ()
-
-    def _choose(self, binary: Binary, listing: dict[str, Process] | HostError | None) -> list[Process]:
-        if listing is None or not self._asks_supervisor(binary):
-            return []
-        if isinstance(listing, HostError):
-            raise HostError(
-                f'{listing}; nothing is updated without it ("service": false in the manifest if there is none)'
-            )
-        return choose(listing, binary.services, binary.name)
-
-    def _service(self, binary: Binary) -> Service:
-        listing = self._supervisor.processes() if self._asks_supervisor(binary) else None
-        chosen = self._choose(binary, listing)
-        down = self._state.memory(binary.name).down
-        running = [process for process in chosen if process.state != "STOPPED" or process.name in down]
-        probed = binary.health is not None and (bool(running) or not chosen)
-        healthy = all(process.state == "RUNNING" for process in running)
-        if healthy and probed and binary.health:
-            healthy = probe(binary.health, min(_PROBE_BEFORE, binary.health_timeout)) is None
-        return Service({process.name: process.pid or 0 for process in running}, healthy, probed)
-
-    def stage(
-        self,
-        binary: Binary,
-        slot: Slot,
-        release: Release,
-        api: BinManager,
-        watch: Callable[[Part], None],
-        whole: Callable[[], None],
-    ) -> Release:
-        """Download, verify and make durable, beside the target; nothing else is touched. Threads may call this.
-
-        Args:
-            binary, slot, release: what goes where.
-            api: where it comes from.
-            watch: called with the file under way, for a progress bar.
-            whole: called when the last byte has come.
-
-        Returns:
-            the release that is staged, or another one, not staged, that bin-manager names meanwhile.
-
-        Raises:
-            BinManagerError: it did not come, or not whole.
-            HostError: it cannot be written, or verifyCommand cannot be run.
-            ReleaseError: verifyCommand refuses it.
-        """
-        path = part_path(slot.target, binary.name, release.md5)
-        part = Part(path, release, self._settings.max_download, self.space)
-        old_size = slot.status.st_size if slot.status else 0
-        elsewhere = os.stat(self._settings.state_dir).st_dev != os.stat(slot.folder).st_dev
-        try:
-            watch(part)
-            if elsewhere:  # the backup is a copy there, and going back needs another here
-                self.space.claim(f"{path}:backup", self._settings.state_dir, old_size)
-                self.space.claim(f"{path}:restore", slot.folder, old_size)
-            try:
-                self._fill(part, binary, release, api)
-            except CorruptDownload:
-                discard(path)
-                newest = api.latest(binary)
-                if newest.md5 != release.md5:
-                    return newest
-                raise
-            whole()
-            part.finish()
-        finally:
-            part.close()
-            self.space.free(f"{path}:backup")
-            self.space.free(f"{path}:restore")
-        if binary.verify:
-            self._verify(binary, path)
-        return release
-
-    def _fill(self, part: Part, binary: Binary, release: Release, api: BinManager) -> None:
-        if not part.is_whole():
-            api.download(binary, release, part)
-        try:
-            part.verify()
-        except CorruptDownload:
-            if not part.resumed:
-                raise
-            part.restart()  # the beginning was another release's
-            api.download(binary, release, part)
-            part.verify()
-
-    def _verify(self, binary: Binary, path: str) -> None:
-        assert binary.verify
-        try:
-            os.chmod(path, 0o700)
-            done = run([word.replace("{file}", path) for word in binary.verify], binary.health_timeout)
-            os.chmod(path, 0o600)
-        except OSError as error:
-            raise host_error(f"verify {path}", error) from error
-        if done.code is None:
-            raise HostError(f"verifyCommand {binary.verify[0]} did not end within {binary.health_timeout:g} s")
-        if done.code != 0:
-            discard(path)
-            raise ReleaseError(f"verifyCommand {binary.verify[0]} exited {done.code}: {done.last_words}")
+        self._supervisor.of(binary)
 
     def stage_backup(self, binary: Binary, slot: Slot, md5: str) -> None:
         """Stage a kept release as `stage` does a downloaded one.
@@ -220,6 +84,17 @@ class Updater:
         """The MD5s of the kept releases of a binary, newest first."""
         return self._backups.listed(name, self._state.memory(name).backups)
 
+    def _look_at(self, binary: Binary) -> tuple[dict[str, int], bool, bool]:
+        """What must run afterwards (with its pid, 0 for none), whether it is well, whether its health check applies."""
+        chosen = self._supervisor.of(binary, fresh=True)
+        down = self._state.memory(binary.name).down
+        running = [process for process in chosen if process.state != "STOPPED" or process.name in down]
+        probed = binary.health is not None and (bool(running) or not chosen)
+        healthy = all(process.state == "RUNNING" for process in running)
+        if healthy and probed and binary.health:
+            healthy = probe(binary.health, min(_PROBE_BEFORE, binary.health_timeout)) is None
+        return {process.name: process.pid or 0 for process in running}, healthy, probed
+
     def activate(self, binary: Binary, slot: Slot, md5: str, by: str) -> Result:
         """Swap the staged release in, restart, watch, and commit or roll back.
 
@@ -232,25 +107,14 @@ class Updater:
         Raises:
             HostError: nothing was changed.
         """
-        service = self._service(binary)
+        service = self._look_at(binary)
         part = part_path(slot.target, binary.name, md5)
         target, status = locate(binary.path)
         before, now = (identity(found) if found else None for found in (slot.status, status))
         if target != slot.target or before != now:
             raise HostError(f"{slot.target} was changed by somebody else; the next run looks again")
         inode = status.st_ino if status else 0
-        record = Record(
-            binary.name,
-            slot.target,
-            slot.md5,
-            md5,
-            inode,
-            service.processes,
-            service.healthy,
-            service.probed,
-            by,
-            time.time(),
-        )
+        record = Record(binary.name, slot.target, slot.md5, md5, inode, *service, by, time.time())
         self._state.write_record(record)
         self._tell(f"{binary.name}: {short(slot.md5)} -> {short(md5)}")
         staged = None
@@ -453,8 +317,7 @@ class Updater:
         if binary is None:
             return None
         slot = inspect(binary.path, None)
-        listing = self._supervisor.processes() if self._asks_supervisor(binary) else None
-        processes = {process.name: 0 for process in self._choose(binary, listing)}
+        processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
         record = Record(name, slot.target, slot.md5, slot.md5 or "", 0, processes, True, False, "sync", time.time())
         record.phase, record.fault, record.reason = "rolling-back", "host", "the record of an update could not be read"
         self._state.write_record(record)

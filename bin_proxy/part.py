@@ -1,0 +1,198 @@
+"""The file of a download under way: promised space, resumed, hashed while it comes, verified, made durable."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import queue
+import stat
+import threading
+
+from bin_proxy.atomic import create_private, write_all
+from bin_proxy.bin_manager import Release
+from bin_proxy.errors import CorruptDownload, HostError, host_error
+
+_CHUNK = 1024 * 1024
+_SPARE = 64 * 1024 * 1024
+
+
+class Space:
+    """Who has been promised how much of which filesystem, counting all that is under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._claims: dict[str, tuple[int, int]] = {}
+
+    def claim(self, key: str, folder: str, amount: int) -> None:
+        """Promise `amount` bytes more of the filesystem of `folder` to `key`, instead of what it was promised before.
+
+        Raises:
+            HostError: 64 MiB, or 5 % of the filesystem where that is less, would not stay free.
+        """
+        try:
+            device, numbers = os.stat(folder).st_dev, os.statvfs(folder)
+        except OSError as error:
+            raise host_error(f"look at {folder}", error) from error
+        free = numbers.f_bavail * numbers.f_frsize
+        spare = min(_SPARE, numbers.f_blocks * numbers.f_frsize // 20)
+        with self._lock:
+            others = sum(left for other, (where, left) in self._claims.items() if where == device and other != key)
+            if amount > 0 and free - others - amount < spare:
+                text = f"{free - others:,} bytes are free, {amount:,} are needed and {spare:,} stay spare"
+                raise HostError(f"no space in {folder}: {text}")
+            self._claims[key] = (device, amount)
+
+    def used(self, key: str, amount: int) -> None:
+        """`amount` bytes of what `key` was promised are on the disk now."""
+        with self._lock:
+            if key in self._claims:
+                device, left = self._claims[key]
+                self._claims[key] = (device, max(0, left - amount))
+
+    def free(self, key: str) -> None:
+        """`key` needs nothing any more."""
+        with self._lock:
+            self._claims.pop(key, None)
+
+
+class Part:
+    """The `.part` file of a download: hashed in a thread of its own while the network is read (a bin_manager.Sink).
+
+    Args:
+        path: see `part_path`. What lies there is used only if it is a plain file of ours that nobody else can write.
+        release: what the bytes must be.
+        largest: bytes that are accepted at the most.
+        space: the ledger to claim from.
+
+    Raises:
+        HostError: it cannot be opened.
+    """
+
+    def __init__(self, path: str, release: Release, largest: int, space: Space) -> None:
+        self.path, self._release, self._largest, self._space = path, release, largest, space
+        self.offset, self.total, self._claimed = 0, release.size, 0
+        try:
+            self._fd = self._open()
+        except OSError as error:
+            raise host_error(f"open {path}", error) from error
+        self._forget()
+        try:
+            while chunk := os.read(self._fd, _CHUNK):
+                self.offset += len(chunk)
+                self._feed(chunk)
+        except OSError as error:
+            self.close()
+            raise host_error(f"read {path}", error) from error
+        self.resumed = self.offset > 0
+
+    def _open(self) -> int:
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENXIO):
+                raise
+            return create_private(self.path)
+        found = os.fstat(fd)
+        ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
+        if ours and not found.st_mode & 0o022 and found.st_size <= self._largest:
+            os.fchmod(fd, 0o600)
+            return fd
+        os.close(fd)
+        return create_private(self.path)
+
+    def _forget(self) -> None:
+        self._digests = [hashlib.md5(usedforsecurity=False)]
+        if self._release.sha256:
+            self._digests.append(hashlib.sha256())
+        self._thread: threading.Thread | None = None
+
+    def _feed(self, chunk: bytes) -> None:
+        if self._thread is None:
+            self._chunks: queue.Queue[bytes] = queue.Queue(8)
+            self._thread = threading.Thread(target=self._hash, daemon=True)
+            self._thread.start()
+        self._chunks.put(chunk)
+
+    def _hash(self) -> None:
+        while chunk := self._chunks.get():
+            for digest in self._digests:
+                digest.update(chunk)
+
+    def _hashed(self) -> list[str]:
+        if self._thread is not None:
+            self._chunks.put(b"")
+            self._thread.join()
+            self._thread = None
+        return [digest.hexdigest() for digest in self._digests]
+
+    def expect(self, total: int) -> None:
+        """Refuse a download of `total` bytes in all that is too large or finds no space, before it is written."""
+        if total > self._largest:
+            raise HostError(f"the release has {total:,} bytes, MAX_DOWNLOAD_MIB allows {self._largest:,}")
+        self.total = total
+        self._space.claim(self.path, os.path.dirname(self.path), total - self.offset)
+
+    def write(self, chunk: bytes) -> None:
+        """Append, and hash alongside."""
+        if self.offset + len(chunk) > (self.total if self.total is not None else self._largest):
+            if self.total is not None:
+                raise CorruptDownload(f"more bytes come than the {self.total:,} that were announced")
+            raise HostError(f"the release is larger than the {self._largest:,} bytes that MAX_DOWNLOAD_MIB allows")
+        if self.total is None and self.offset + len(chunk) > self._claimed:
+            self._claimed = self.offset + len(chunk) + 4 * _CHUNK
+            self._space.claim(self.path, os.path.dirname(self.path), self._claimed - self.offset)
+        try:
+            write_all(self._fd, chunk)
+        except OSError as error:
+            raise host_error(f"write {self.path}", error) from error
+        self.offset += len(chunk)
+        self._space.used(self.path, len(chunk))
+        self._feed(chunk)
+
+    def restart(self) -> None:
+        """Forget all bytes."""
+        try:
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+        except OSError as error:
+            raise host_error(f"empty {self.path}", error) from error
+        self._hashed()
+        self._forget()
+        self.offset, self.total, self._claimed, self.resumed = 0, self._release.size, 0, False
+
+    def is_whole(self) -> bool:
+        """Whether what is there already is the release, so that nothing need be fetched."""
+        if self._release.size not in (None, self.offset) or not self.offset:
+            return False
+        return self._hashed() == [word for word in (self._release.md5, self._release.sha256) if word]
+
+    def verify(self) -> None:
+        """Compare all bytes with what bin-manager told of the release.
+
+        Raises:
+            CorruptDownload: they are not the release.
+        """
+        found = self._hashed()
+        for name, wanted, got in zip(("MD5", "sha256"), (self._release.md5, self._release.sha256), found, strict=False):
+            if wanted != got:
+                raise CorruptDownload(f"the {self.offset:,} bytes that came have the {name} {got}, not {wanted}")
+        if self._release.size not in (None, self.offset):
+            raise CorruptDownload(f"{self.offset:,} bytes came, not {self._release.size:,}")
+
+    def finish(self) -> None:
+        """Make all bytes durable.
+
+        Raises:
+            HostError: they cannot be made durable.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise host_error(f"write {self.path}", error) from error
+
+    def close(self) -> None:
+        """Let go of the file and of the space; what was written stays."""
+        self._hashed()
+        self._space.free(self.path)
+        os.close(self._fd)
