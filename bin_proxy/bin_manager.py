@@ -233,15 +233,17 @@ class BinManager:
                 raise _Retry(error, after=_retry_after(response))
             yield response
         except requests.exceptions.SSLError as error:
-            self._down = Unreachable(f"TLS with bin-manager at {self._where} failed: {_cause(error)}")
-            raise self._down from None
+            where, own = self._at(error)
+            told = Unreachable(f"TLS with {where} failed: {_cause(error)}")
+            self._down = told if own else self._down
+            raise told from None
         except (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError):
             raise self._silent(f"bin-manager at {self._where} said nothing for {timeout:g} s") from None
         except requests.exceptions.ConnectionError as error:
             dropped = isinstance(error.args[0] if error.args else None, urllib3.exceptions.ProtocolError)
             what = "dropped the connection" if dropped else "cannot be reached"
-            told = Unreachable(f"bin-manager at {self._where} {what}: {_cause(error)}")
-            raise _Retry(told, common=not dropped) from None
+            where, own = self._at(error)
+            raise _Retry(Unreachable(f"{where} {what}: {_cause(error)}"), common=own and not dropped) from None
         except ValueError as error:  # what requests and urllib.parse make of a hostile Location, among others
             raise BinManagerError(f"bin-manager's answer cannot be followed: {_cause(error)}") from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -250,6 +252,15 @@ class BinManager:
         finally:
             if response is not None:
                 response.close()
+
+    def _at(self, error: requests.RequestException) -> tuple[str, bool]:
+        """Where a request failed, and whether that is bin-manager itself rather than where it redirects to."""
+        url = str(error.request.url) if error.request is not None else self._api
+        own = _origin(url) == _origin(self._api)
+        return (
+            f"bin-manager at {self._where}" if own else f"{urlsplit(url).netloc}, to which bin-manager redirects,",
+            own,
+        )
 
     def _follow(self, url: str, headers: dict[str, str]) -> requests.Response:
         """GET `url`, redirects followed; the credentials go to the API's own origin alone."""

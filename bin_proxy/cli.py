@@ -15,10 +15,8 @@ from typing import Any
 import click
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, host_error
+from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean, host_error
 from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.process import kill_all
-from bin_proxy.report import clean
 from bin_proxy.settings import Settings, load_settings
 
 _SETTINGS_HELP = """\b
@@ -194,9 +192,9 @@ def rollback(context: Context, name: str, to: str | None) -> int:
     from bin_proxy.guard import Signals
     from bin_proxy.report import Report
 
-    binary = next(b for b in _manifest(settings, [name]) if b.name == name)
+    binaries = _manifest(settings, [name])
     report = Report(settings.log_file, terminal=sys.stdout.isatty(), verbose=context.verbose)
-    result = operator.roll_back(settings, binary, to, report, Signals())
+    result = operator.roll_back(settings, binaries, name, to, report, Signals())
     done = result.well and result.outcome == "updated"
     click.echo(clean(operator.describe(result) if done else f"bin-proxy: {name}: {result.error}"), err=not done)
     return 0 if done else 1
@@ -272,6 +270,7 @@ def _fail(error: BinProxyError) -> int:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    os.umask(0o022)  # whatever the caller's is: modes that matter are given on purpose
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -289,6 +288,8 @@ def main() -> None:
     except OSError as error:
         code = _fail(host_error("go on", error))
     except Interrupted as error:
+        from bin_proxy.process import kill_all
+
         kill_all()
         code = 128 + error.signum
     with suppress(OSError):

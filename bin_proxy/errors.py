@@ -81,3 +81,10 @@ def host_error(doing: str, error: OSError) -> HostError:
     """Say a failed system call in one line: what was being done, to which file, why it failed."""
     where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
     return HostError(f"cannot {doing}: {error.strerror or error}{where}")
+
+
+def clean(text: str) -> str:
+    """One event is one line, and no terminal obeys it: whatever is not printable is escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
+    )

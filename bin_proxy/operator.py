@@ -8,21 +8,25 @@ import time
 from bin_proxy.errors import HostError, UsageError
 from bin_proxy.guard import Signals, locked
 from bin_proxy.manifest import Binary
+from bin_proxy.plan import Result, short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
 from bin_proxy.slot import discard, inspect, part_path
 from bin_proxy.state import Pause, State
-from bin_proxy.updater import Result, Updater, short
+from bin_proxy.updater import Updater
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def roll_back(settings: Settings, binary: Binary, to: str | None, report: Report, signals: Signals) -> Result:
+def roll_back(
+    settings: Settings, binaries: tuple[Binary, ...], name: str, to: str | None, report: Report, signals: Signals
+) -> Result:
     """Go back to the previous release, or a kept one, with the care of an update; the one that is left is held.
 
     Args:
         settings: every setting.
-        binary: which.
+        binaries: the whole manifest.
+        name: of the binary.
         to: the MD5, or its beginning; None for the newest that is kept.
         report: who is told.
         signals: held back meanwhile.
@@ -33,7 +37,8 @@ def roll_back(settings: Settings, binary: Binary, to: str | None, report: Report
         HostError: nothing was changed.
     """
     with locked(settings.state_dir, 60):
-        state = State(settings.state_dir, (binary.name,))
+        binary = next(binary for binary in binaries if binary.name == name)
+        state = State(settings.state_dir, tuple(binary.name for binary in binaries))
         state.prepare()
         for line in state.set_aside():
             report.tell(line)

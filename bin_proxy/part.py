@@ -8,10 +8,13 @@ import os
 import queue
 import stat
 import threading
+from typing import TYPE_CHECKING
 
 from bin_proxy.atomic import create_private, write_all
-from bin_proxy.bin_manager import Release
 from bin_proxy.errors import CorruptDownload, HostError, host_error
+
+if TYPE_CHECKING:
+    from bin_proxy.bin_manager import Release
 
 _CHUNK = 1024 * 1024
 _SPARE = 64 * 1024 * 1024
@@ -138,7 +141,7 @@ class Part:
         if self.offset + len(chunk) > (self.total if self.total is not None else self._largest):
             if self.total is not None:
                 raise CorruptDownload(f"more bytes come than the {self.total:,} that were announced")
-            raise HostError(f"the release is larger than the {self._largest:,} bytes that MAX_DOWNLOAD_MIB allows")
+            raise CorruptDownload(f"more bytes come than the {self._largest:,} that MAX_DOWNLOAD_MIB allows")
         if self.total is None and self.offset + len(chunk) > self._claimed:
             self._claimed = self.offset + len(chunk) + 4 * _CHUNK
             self._space.claim(self.path, os.path.dirname(self.path), self._claimed - self.offset)

@@ -30,6 +30,28 @@ class Decision:
     until: float | None = None
 
 
+@dataclass(frozen=True)
+class Result:
+    """What became of one binary. `seconds` is how long its activation took; `kind` names the trouble, if there is one.
+
+    `error` says what is wrong, `note` what a person who watches wants to know besides."""
+
+    name: str
+    outcome: str
+    well: bool
+    from_md5: str | None = None
+    to_md5: str | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    kind: str = ""
+    note: str = ""
+
+
+def short(md5: str | None) -> str:
+    """An MD5 as people read it."""
+    return md5[:8] if md5 else "nothing"
+
+
 def is_due(until: float, now: float, longest: float = _HOUR) -> bool:
     """Whether a pause is over; one that seems longer than the longest there is comes from a clock that jumped."""
     return until <= now or until - now > longest
@@ -71,7 +93,6 @@ def decide(
     *,
     retry_held: bool = False,
     splay: tuple[float, float] | None = None,
-    answered_before: str | None = None,
 ) -> Decision:
     """Decide what a sync does with one binary.
 
@@ -82,7 +103,6 @@ def decide(
         now: Unix time.
         retry_held: an operator wants holds and pauses overridden.
         splay: this host's delay and the longest one, in seconds.
-        answered_before: the MD5 that bin-manager named in an earlier run, if it is known.
     """
     if offered == installed:
         return Decision("current", True, "it is the release that bin-manager names")
@@ -90,7 +110,7 @@ def decide(
         held = next((hold for hold in memory.holds if hold.md5 == offered), None)
         if held:
             return _held(held)
-        if memory.lost and installed and offered == (answered_before or offered):
+        if installed and memory.lost in (offered, "*"):
             return Decision(
                 "held", False, "the state file could not be read, so it may have been held before", "release"
             )

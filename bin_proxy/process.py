@@ -6,14 +6,16 @@ import errno
 import os
 import selectors
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from bin_proxy.errors import host_error
+
+if TYPE_CHECKING:
+    import subprocess
 
 _KEPT = 1024 * 1024
 _running: set[int] = set()
@@ -42,6 +44,8 @@ def _environment() -> dict[str, str]:
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    import subprocess  # not needed in a minute in which nothing changed
+
     for patience in range(100):
         try:
             # A folder that holds no supervisord.conf, which supervisorctl would read; a session of its own, so that

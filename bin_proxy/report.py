@@ -7,24 +7,19 @@ import stat
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bin_proxy.atomic import write_atomically
-from bin_proxy.errors import host_error
-from bin_proxy.part import Part
+from bin_proxy.errors import clean, host_error
+from bin_proxy.plan import Result
 from bin_proxy.state import Cache
-from bin_proxy.updater import Result
+
+if TYPE_CHECKING:
+    from bin_proxy.part import Part
 
 _HOUR = 3600.0
-
-
-def clean(text: str) -> str:
-    """One event is one line, and no terminal obeys it: whatever is not printable is escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
-    )
 
 
 class Report:

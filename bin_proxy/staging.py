@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from bin_proxy.bin_manager import BinManager, Release
 from bin_proxy.errors import CorruptDownload, HostError, ReleaseError, host_error
 from bin_proxy.manifest import Binary
 from bin_proxy.part import Part, Space
 from bin_proxy.process import run
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Slot, discard, part_path
+
+if TYPE_CHECKING:
+    from bin_proxy.bin_manager import BinManager, Release
 
 
 def stage(
@@ -51,6 +54,10 @@ def stage(
             space.claim(f"{path}:restore", slot.folder, old_size)
         try:
             _fill(part, binary, release, api)
+        except HostError:
+            if part.total is None:  # of unknown size: what has come would only keep the disk full
+                discard(path)
+            raise
         except CorruptDownload:
             discard(path)
             newest = api.latest(binary)

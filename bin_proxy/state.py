@@ -71,7 +71,7 @@ class Memory:
         parts: files of unfinished downloads.
         seen: the offered MD5 and the Unix time at which it was first seen, for --splay.
         updated_at: Unix time of the last change of the installed file.
-        lost: what was remembered could not be read, so a release known before may be a held one.
+        lost: what was remembered could not be read, so this MD5, offered before ("*": any), may be a held one.
     """
 
     holds: list[Hold] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Memory:
     parts: list[str] = field(default_factory=list)
     seen: dict[str, float] = field(default_factory=dict)
     updated_at: float | None = None
-    lost: bool = False
+    lost: str = ""
 
     def hold(self, md5: str, reason: str, now: float, by: str) -> None:
         """Hold `md5`; the last `HOLDS_KEPT` are kept."""
@@ -202,12 +202,13 @@ class State:
     def __init__(self, folder: str, known: tuple[str, ...]) -> None:
         self.folder = folder
         self.unreadable: list[tuple[str, str]] = []
+        self.cache: Cache = self._load("cache.json", Cache)
         self._memories: dict[str, Memory] = self._load("state.json", _Memories).memories
-        if self.unreadable:
-            self._memories = {name: Memory(lost=True) for name in known}
+        if any(file == "state.json" for file, _ in self.unreadable):
+            answers = self.cache.answers
+            self._memories = {name: Memory(lost=str(answers[name][1]) if name in answers else "*") for name in known}
         self._saved = self._state_text()
         self.load_pauses()
-        self.cache: Cache = self._load("cache.json", Cache)
         self.records: dict[str, Record | None] = {}
         with suppress(FileNotFoundError):
             for file in sorted(os.listdir(os.path.join(folder, "journal"))):

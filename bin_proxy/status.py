@@ -11,10 +11,9 @@ from typing import Any
 
 import click
 
-from bin_proxy.errors import BinProxyError, HostError
+from bin_proxy.errors import BinProxyError, HostError, clean
 from bin_proxy.guard import is_locked
 from bin_proxy.manifest import Binary
-from bin_proxy.report import clean
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, inspect
 from bin_proxy.state import State

@@ -122,6 +122,8 @@ class Supervisor:
         Raises:
             HostError: supervisorctl cannot be run, or supervisord cannot be reached.
         """
+        if not self.command:
+            raise HostError("there is no supervisorctl on this host any more")
         done = self._run(["status"], _STATUS_TIMEOUT)
         if done.code is None:
             raise HostError(f"supervisorctl status did not end within {_STATUS_TIMEOUT:g} s")

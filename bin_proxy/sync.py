@@ -13,12 +13,13 @@ from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseE
 from bin_proxy.guard import Signals
 from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.part import Part, Space
+from bin_proxy.plan import Result, short
 from bin_proxy.report import Report, write_metrics
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Slot, discard, inspect, part_path, remember
 from bin_proxy.staging import stage
 from bin_proxy.state import Memory, State
-from bin_proxy.updater import Result, Updater, short
+from bin_proxy.updater import Updater
 from bin_proxy.workers import Job, Workers
 
 _OTHER_RELEASES = 3
@@ -140,7 +141,6 @@ class Sync:
         """Decide, and begin what was decided."""
         now, cache = time.time(), self.state.cache
         memory = self.state.memory(binary.name)
-        answer = cache.answers.get(binary.name)
         cache.answers[binary.name] = [binary.version, release.md5, now]
         if found := remember(slot):
             cache.digests[binary.path] = found
@@ -149,7 +149,9 @@ class Sync:
                 with self._signals.held():
                     self._updater.mend(binary, now, at_once=self._options.retry_held)
             longest = self._options.splay
-            if longest and slot.md5 != release.md5 and release.md5 not in memory.seen:
+            if slot.md5 == release.md5:
+                memory.lost = ""
+            elif longest and not self._options.dry_run and release.md5 not in memory.seen:
                 memory.seen = {release.md5: now}
                 self._report.log(
                     f"{binary.name}: {short(release.md5)} is due in {plan.splay_delay(_host(), longest):.0f} s (splay)"
@@ -161,7 +163,6 @@ class Sync:
                 now,
                 retry_held=self._options.retry_held,
                 splay=(plan.splay_delay(_host(), longest), longest) if longest else None,
-                answered_before=str(answer[1]) if answer else None,
             )
             wanted = part_path(slot.target, binary.name, release.md5) if decision.outcome == "update" else None
             if not self._options.dry_run:

@@ -6,40 +6,19 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from bin_proxy import plan
 from bin_proxy.errors import BinProxyError, HostError, ReleaseError, Stuck, host_error
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
+from bin_proxy.plan import Result, short
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, check_writable, dress, identity, inspect, locate, part_path, swap
 from bin_proxy.state import Record, State, Unwell
 from bin_proxy.supervisor import TRYING, Supervisor
 
 _PROBE_BEFORE = 10.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one binary. `seconds` is how long its activation took; `kind` names the trouble, if there is one.
-
-    `error` says what is wrong, `note` what a person who watches wants to know besides."""
-
-    name: str
-    outcome: str
-    well: bool
-    from_md5: str | None = None
-    to_md5: str | None = None
-    seconds: float = 0.0
-    error: str | None = None
-    kind: str = ""
-    note: str = ""
-
-
-def short(md5: str | None) -> str:
-    """An MD5 as people read it."""
-    return md5[:8] if md5 else "nothing"
 
 
 class Updater:
@@ -159,7 +138,7 @@ class Updater:
     def _commit(self, record: Record, pids: dict[str, int]) -> Result:
         memory, now = self._state.memory(record.name), time.time()
         memory.release(record.new)
-        memory.unwell, memory.lost, memory.updated_at = None, False, now
+        memory.unwell, memory.lost, memory.updated_at = None, "", now
         memory.down, memory.parts, memory.seen = [], [], {}
         if record.old and record.old != record.new:
             plan.leave(memory, record.old, now)
@@ -324,6 +303,9 @@ class Updater:
         return record
 
     def _recover(self, record: Record, binary: Binary) -> Result | None:
+        if record.processes:  # a program that supervisord has lost meanwhile must not keep this open for ever
+            known = self._supervisor.processes()
+            record.processes = {name: pid for name, pid in record.processes.items() if name in known}
         slot = inspect(record.target, None)
         step = plan.decide_recovery(record, slot.md5, untouched=self._is_untouched(record, slot))
         self._log(f"{record.name}: an update to {record.new} was interrupted: {step}")
