@@ -23,7 +23,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinManagerError, Unreachable
+from bin_proxy.errors import BinManagerError, Unreachable, UsageError
 from bin_proxy.manifest import Binary, parse_json
 from bin_proxy.settings import Settings
 
@@ -92,12 +92,29 @@ class _Session(requests.Session):
 
 
 def _certificates(settings: Settings) -> str | bool:
-    """The CA file or folder to verify against; True leaves it to the one that requests brings along."""
-    environ = os.environ
+    """The CA file or folder to verify against; True leaves it to the one that requests brings along.
+
+    Raises:
+        UsageError: a file of certificates cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        where = "BIN_MANAGER_CA_BUNDLE"
+        if settings.ca_bundle:
+            context.load_verify_locations(settings.ca_bundle)
+        where = "BIN_MANAGER_CLIENT_CERT"
+        if settings.client_cert:  # without the password, OpenSSL would ask whoever stands at the terminal
+            context.load_cert_chain(settings.client_cert, settings.client_key or None, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where} cannot be used: {_cause(error)}") from None
+    if settings.ca_bundle:
+        return settings.ca_bundle
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if not settings.ca_bundle and environ.get(name):
-            return environ[name]
-    stores = (settings.ca_bundle, ssl.get_default_verify_paths().cafile, *_HOST_STORES)
+        if store := os.environ.get(name):
+            if not os.path.exists(store):
+                raise UsageError(f"{name} {store} does not exist")
+            return store
+    stores = (ssl.get_default_verify_paths().cafile, *_HOST_STORES)
     return next((store for store in stores if store and os.path.isfile(store)), True)
 
 
@@ -215,9 +232,11 @@ class BinManager:
                 if attempt == _TRIES - 1 or too_long:
                     if retry.common:
                         self._down = retry.error
-                    raise retry.error from None
-                self._tell(f"{retry.error}; trying again in {pause:.1f} s")
+                    raise self._redacted(retry.error) from None
+                self._tell(f"{self._redacted(retry.error)}; trying again in {pause:.1f} s")
                 time.sleep(pause)
+            except BinManagerError as error:
+                raise self._redacted(error) from None
         raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
@@ -235,6 +254,8 @@ class BinManager:
         except requests.exceptions.SSLError as error:
             where, own = self._at(error)
             told = Unreachable(f"TLS with {where} failed: {_cause(error)}")
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                raise _Retry(told, common=own) from None
             self._down = told if own else self._down
             raise told from None
         except (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError):
@@ -256,11 +277,16 @@ class BinManager:
     def _at(self, error: requests.RequestException) -> tuple[str, bool]:
         """Where a request failed, and whether that is bin-manager itself rather than where it redirects to."""
         url = str(error.request.url) if error.request is not None else self._api
-        own = _origin(url) == _origin(self._api)
-        return (
-            f"bin-manager at {self._where}" if own else f"{urlsplit(url).netloc}, to which bin-manager redirects,",
-            own,
-        )
+        if _origin(url) == _origin(self._api):
+            return f"bin-manager at {self._where}", True
+        return f"{urlsplit(url).netloc}, to which bin-manager redirects,", False
+
+    def _redacted(self, error: BinManagerError) -> BinManagerError:
+        """The same error, should a server have echoed our credentials into its words."""
+        text = str(error)
+        for secret in (self._settings.token, (self._authorization or "").partition(" ")[2]):
+            text = text.replace(secret, "***") if secret else text
+        return type(error)(text)
 
     def _follow(self, url: str, headers: dict[str, str]) -> requests.Response:
         """GET `url`, redirects followed; the credentials go to the API's own origin alone."""
@@ -278,7 +304,8 @@ class BinManager:
             if not response.is_redirect:
                 return response
             response.close()
-            target = urljoin(url, response.headers["Location"])
+            # As requests will send it: two parsers that read one address differently would send the token astray.
+            target = str(requests.Request("GET", urljoin(url, response.headers["Location"])).prepare().url)
             if urlsplit(target).scheme not in ("http", "https") or (
                 url.startswith("https:") and not target.startswith("https:")
             ):

@@ -63,8 +63,9 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
         if not os.path.isdir(state_dir):
             os.makedirs(state_dir, 0o755)
         # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
-        lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o644, fallback_to_soft=False)
+        lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o600, fallback_to_soft=False)
         lock.acquire(timeout=wait, poll_interval=0.2)
+        os.chmod(lock.lock_file, 0o600)  # whoever may open it may hold it
     except Timeout:
         raise Busy(running_since(state_dir)) from None
     except (OSError, NotImplementedError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -52,10 +51,11 @@ def parse_json(text: str) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
-            raise ValueError(f"the key {twice[:40]!r} occurs twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key[:40]!r} occurs twice")
+            found[key] = value
         return found
 
     def refuse(constant: str) -> None:
@@ -76,6 +76,8 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
     path = settings.manifest
     try:
         faults = untrusted(path)
+        if faults:
+            raise UsageError(*faults)
         data = _parse(_read(path))
     except OSError as error:
         raise UsageError(f"manifest {path} cannot be read: {error.strerror or error}") from None
@@ -152,7 +154,7 @@ def _faults(entry: dict[str, Any]) -> list[str]:
     for key in ("minHealthySeconds", "healthTimeout"):
         value = entry.get(key, 0)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not 0 <= value <= 86400:
+        if not number or not 0 <= value <= 86400:
             faults.append(f"{key} must be a number of seconds from 0 to 86400, not {str(value)[:40]!r}")
     if "healthCheck" in entry and _health(entry["healthCheck"]) is None:
         faults.append(

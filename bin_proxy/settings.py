@@ -69,12 +69,15 @@ def _file(value: str) -> str:
 
 
 def _url(value: str) -> str:
-    parts = urlsplit(_text(value))
-    if parts.scheme not in ("http", "https") or not parts.hostname or " " in value:
-        raise ValueError("must be an http:// or https:// URL with a host")
-    if parts.query or parts.fragment:
-        raise ValueError("must be a URL without ? and #")
-    _ = parts.port  # raises ValueError where it is no port
+    try:
+        parts = urlsplit(_text(value))
+        sound = (
+            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(value) & set(" \\?#")
+        )
+    except ValueError:
+        sound = False
+    if not sound:  # without the value, which may hold a password
+        raise ValueError("must be an http:// or https:// URL with a host, without ? and #")
     return value.rstrip("/")
 
 
@@ -158,7 +161,7 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
         if name == "SUPERVISORCTL":
             chosen["supervisorctl_chosen"] = bool(value)
     for name, (value, _) in in_file.items():
-        if _EXPORTED.fullmatch(name) and value and not environ.get(name):
+        if _EXPORTED.fullmatch(name) and value and value.isprintable() and not environ.get(name):
             environ[name] = value
     if not faults:
         _finish(chosen, environ.get("PATH", ""), faults)
@@ -169,8 +172,10 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
 
 def _read_config(path: str, *, must_exist: bool, faults: list[str]) -> tuple[dict[str, tuple[str | None, int]], bool]:
     try:
+        if doubts := untrusted(path):
+            faults += doubts
+            return {}, True
         with open(path, "rb") as file:
-            faults += untrusted(path)
             text = file.read(_MIB).decode()
     except FileNotFoundError:
         if must_exist:
@@ -195,14 +200,14 @@ def _finish(chosen: dict[str, Any], search_path: str, faults: list[str]) -> None
     token = chosen["token"].strip()
     if token_file and not token:
         try:
-            faults += untrusted(token_file)
-            with open(token_file, encoding="utf-8") as file:
-                token = file.read(65536).strip()
+            doubts = untrusted(token_file)
+            if not doubts:
+                with open(token_file, encoding="utf-8") as file:
+                    token = file.read(65536).strip()
         except (OSError, UnicodeDecodeError) as error:
             faults.append(f"token file {token_file} cannot be read: {getattr(error, 'strerror', None) or error}")
         else:
-            if not token:
-                faults.append(f"token file {token_file} is empty")
+            faults += doubts if doubts or token else [f"token file {token_file} is empty"]
     if not token.isascii() or any(not "!" <= char <= "~" for char in token):
         faults.append("the bin-manager token holds a character that no HTTP header may carry")
     chosen["token"] = token
@@ -214,40 +219,43 @@ def _finish(chosen: dict[str, Any], search_path: str, faults: list[str]) -> None
 
 
 def untrusted(path: str) -> list[str]:
-    """Why root must not take orders from the file `path`: others could write it, or put another in its place.
+    """Why not to take orders from the file `path`: above all that others than root could write it or swap it.
+
+    Every folder and every link on the way is looked at.
 
     Returns:
-        one line for each reason, with the command that mends it; none where this process is not root.
+        one line for each reason, with the command that mends it; only root is that careful.
 
     Raises:
-        OSError: the file or a folder above it cannot be looked at.
+        OSError: something on the way cannot be looked at.
     """
-    if os.geteuid() != 0:
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISCHR(kind):  # a pipe would be waited for without end
+        return [f"{path} is not a regular file"]
+    if os.geteuid() != 0 or stat.S_ISCHR(kind):
         return []
     trusted = {0, int(os.environ["SUDO_UID"]) if os.environ.get("SUDO_UID", "").isdecimal() else os.getuid()}
-    faults = []
-    real = os.path.realpath(path)
-    status = os.stat(real)
-    if status.st_uid not in trusted:
-        faults.append(f"{path} belongs to user {status.st_uid}, not to root: chown root {shlex.quote(real)}")
-    if _others_write(status):
-        faults.append(f"others may write {path}: chmod go-w {shlex.quote(real)}")
-    below = {os.path.dirname(os.path.abspath(path)), os.path.dirname(real)}
-    for folder in sorted(below | {above for name in below for above in _ancestors(name)}):
-        status = os.stat(folder)
-        if _others_write(status) and not status.st_mode & stat.S_ISVTX:
-            faults.append(f"others may write the folder {folder} of {path}: chmod go-w {shlex.quote(folder)}")
+    faults: list[str] = []
+    here, rest = "/", os.path.abspath(path).split("/")[1:]
+    for _ in range(200):
+        status = os.lstat(here)
+        quoted, what = shlex.quote(here), path if not rest else f"{here}, which leads to {path},"
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_uid not in trusted:
+            faults.append(f"{what} belongs to user {status.st_uid}, not to root: chown -h root {quoted}")
+        if not stat.S_ISLNK(status.st_mode) and not sticky and _others_write(here, status):
+            faults.append(f"others may write {what}: chmod go-w {quoted}")
+        if stat.S_ISLNK(status.st_mode):
+            target = os.path.join(os.path.dirname(here), os.readlink(here))
+            here, rest = "/", [*os.path.normpath(target).split("/")[1:], *rest]
+        elif rest:
+            here, rest = os.path.join(here, rest[0]), rest[1:]
+        else:
+            break
     return faults
 
 
-def _ancestors(folder: str) -> list[str]:
-    found = []
-    while folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-        found.append(folder)
-    return found
-
-
-def _others_write(status: os.stat_result) -> bool:
-    """Whether a group other than root's, or everybody, may write."""
-    return bool(status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid != 0))
+def _others_write(path: str, status: os.stat_result) -> bool:
+    """Whether a group other than root's, or everybody, may write, or an ACL names somebody who may."""
+    by_group = status.st_mode & stat.S_IWGRP and (status.st_gid != 0 or "system.posix_acl_access" in os.listxattr(path))
+    return bool(status.st_mode & stat.S_IWOTH or by_group)

@@ -11,7 +11,7 @@ from bin_proxy.manifest import Binary
 from bin_proxy.part import Part, Space
 from bin_proxy.process import run
 from bin_proxy.settings import Settings
-from bin_proxy.slot import Slot, discard, part_path
+from bin_proxy.slot import Slot, discard, inspect, part_path
 
 if TYPE_CHECKING:
     from bin_proxy.bin_manager import BinManager, Release
@@ -71,7 +71,7 @@ def stage(
         space.free(f"{path}:backup")
         space.free(f"{path}:restore")
     if binary.verify:
-        _verify(binary, path)
+        _verify(binary, path, release.md5)
     return release
 
 
@@ -88,14 +88,19 @@ def _fill(part: Part, binary: Binary, release: Release, api: BinManager) -> None
         part.verify()
 
 
-def _verify(binary: Binary, path: str) -> None:
+def _verify(binary: Binary, path: str, md5: str) -> None:
     assert binary.verify
     try:
         os.chmod(path, 0o700)
-        done = run([word.replace("{file}", path) for word in binary.verify], binary.health_timeout)
-        os.chmod(path, 0o600)
+        try:
+            done = run([word.replace("{file}", path) for word in binary.verify], binary.health_timeout)
+        finally:
+            os.chmod(path, 0o600)
     except OSError as error:
         raise host_error(f"verify {path}", error) from error
+    if inspect(path, None).md5 != md5:
+        discard(path)
+        raise ReleaseError(f"verifyCommand {binary.verify[0]} changed the file that it was to verify")
     if done.code is None:
         raise HostError(f"verifyCommand {binary.verify[0]} did not end within {binary.health_timeout:g} s")
     if done.code != 0:
