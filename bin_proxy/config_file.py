@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=(.*)", re.S)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ENDS_COMMAND = ";&|\n"
+_OPENS = {"if", "case", "while", "until", "for", "select", "{"}
+_CLOSES = {"fi", "esac", "done", "}"}
+# From here on only a shell knows what still counts.
+_ENDS_ALL = {"return", "exit", "function"}
 
 
 @dataclass(frozen=True)
@@ -23,53 +27,60 @@ class Assignment:
 class _Word:
     text: str = ""
     literal: bool = True
+    plain_name: bool = True  # nothing before the first = is quoted, which would make it a command for a shell
 
 
-def _commands(text: str) -> Iterator[tuple[int, list[_Word]]]:
-    """Split shell text into commands of words, with the line at which each command starts."""
-    at, line, start = 0, 1, 1
-    words: list[_Word] = []
-    word: _Word | None = None
-    quote = ""
+@dataclass
+class _Command:
+    line: int
+    words: list[_Word] = field(default_factory=list)
+    alone: bool = True  # neither in a pipe or list, nor in the background
+    open: bool = False  # a parenthesis or backtick is still open at its end, or a here-document follows
+
+
+def _commands(text: str) -> Iterator[_Command]:
+    """Split shell text into simple commands of words."""
+    command, word = _Command(1), None
+    at, line, quote, depth, ticks = 0, 1, "", 0, 0
     while at < len(text):
         char, following = text[at], text[at + 1 : at + 2]
         at += 1
         line += char == "\n"
-        if quote == "'" and char != "'":
-            word = word or _Word()
-            word.text += char
-        elif char == "\\" and following == "\n":
+        ends = not quote and char in ";&|\n"
+        if char == "\\" and following == "\n" and quote != "'":
             at, line = at + 1, line + 1
-        elif char == "\\" and (not quote or (following and following in '$`"\\')):
-            word = word or _Word()
-            word.text += following
-            at += 1
-        elif char in "'\"" and quote in ("", char):
-            word = word or _Word()
-            quote = "" if quote else char
-        elif quote:
-            word = word or _Word()
-            word.literal &= char not in "$`"
-            word.text += char
-        elif char == "#" and word is None:
+        elif not quote and char == "#" and word is None:
             at = (text.find("\n", at) + 1 or len(text) + 1) - 1
-        elif char in " \t\r" or char in _ENDS_COMMAND:
-            if word is not None:
-                words.append(word)
-                word = None
-            if char in _ENDS_COMMAND:
-                yield start, words
-                words, start = [], line
+        elif ends or (not quote and char in " \t\r"):
+            command.words += [word] if word else []
+            word = None
+            if ends:
+                command.alone &= char in ";\n"
+                command.open |= depth > 0 or ticks % 2 > 0
+                yield command
+                command = _Command(line, alone=char in ";\n")
         else:
             word = word or _Word()
-            # An unquoted tilde at the start of a value, a subshell and a redirection are a shell's business too.
-            tilde = char == "~" and word.text.endswith("=")
-            word.literal &= char not in "$`()<>" and not tilde
+            escapes = char == "\\" and (not quote or (quote == '"' and following in list('$`"\\')))
+            if escapes or (char in "'\"" and quote in ("", char)):
+                word.plain_name &= "=" in word.text
+                word.text += following if escapes else ""
+                at += escapes
+                quote = quote if escapes else "" if quote else char
+                continue
+            if quote != "'" and char in "$`":
+                word.literal = False
+                ticks += char == "`"
+            if not quote:
+                # An unquoted tilde at the start of a value, a subshell and a redirection are a shell's business too.
+                word.literal &= char not in "()<>" and not (char == "~" and word.text.endswith(("=", ":")))
+                depth += (char == "(") - (char == ")")
+                command.open |= char == "<" == following
             word.text += char
-    if word is not None:
+    if word:
         word.literal &= not quote
-        words.append(word)
-    yield start, words
+        command.words.append(word)
+    yield command
 
 
 def parse_config(text: str) -> list[Assignment]:
@@ -79,19 +90,25 @@ def parse_config(text: str) -> list[Assignment]:
         text: the whole file.
 
     Returns:
-        the assignments; one whose value cannot be known without a shell (`$…`, backticks, an open quote, a command
-        behind it, blanks around `=`) has the value None.
+        the assignments; one whose value cannot be known without a shell (`$…`, backticks, an open quote, a condition
+        around it, a command behind it, blanks around `=`) has the value None.
     """
-    found = []
-    for line, words in _commands(text):
-        exported = bool(words) and words[0].text == "export"
-        words = words[exported:]
-        pairs = [(word, *word.text.partition("=")) for word in words]
-        plain = exported or all(sign for _, _, sign, _ in pairs)
-        for position, (word, name, sign, value) in enumerate(pairs):
-            bare = name.removesuffix("+")
-            if not _NAME.fullmatch(bare) or (not sign and (exported or position)):
-                continue
-            known = plain and sign and bare == name and word.literal
-            found.append(Assignment(bare, value if known else None, line))
+    found, nested, lost = [], 0, False
+    for command in _commands(text):
+        first = command.words[0].text if command.words else ""
+        nested += (first in _OPENS) + (first.endswith("()") or first == "function" or "{" in first[1:])
+        exported = first == "export"
+        words = command.words[exported:]
+        matches = [_ASSIGNMENT.fullmatch(word.text) if word.plain_name or exported else None for word in words]
+        plain = command.alone and not nested and not lost and (exported or all(matches))
+        for position, (word, match) in enumerate(zip(words, matches, strict=True)):
+            if match:
+                known = plain and word.literal and not match[2] and not command.open
+                found.append(Assignment(match[1], match[3] if known else None, command.line))
+            elif (
+                not position and not exported and _NAME.fullmatch(first) and len(words) > 1 and words[1].text[:1] == "="
+            ):
+                found.append(Assignment(first, None, command.line))  # blanks around the sign
+        lost |= command.open or first in _ENDS_ALL
+        nested -= sum(word.text in _CLOSES for word in words[:1])
     return found
