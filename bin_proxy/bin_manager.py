@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 import requests
@@ -26,6 +26,9 @@ from bin_proxy import __version__
 from bin_proxy.errors import BinManagerError, Unreachable, UsageError
 from bin_proxy.manifest import Binary, parse_json
 from bin_proxy.settings import Settings
+
+if TYPE_CHECKING:
+    from bin_proxy.part import Part
 
 _T = TypeVar("_T")
 _TRIES = 3
@@ -49,21 +52,6 @@ class Release:
     md5: str
     sha256: str | None = None
     size: int | None = None
-
-
-class Sink(Protocol):
-    """Where a download goes: the file under way, which knows how far it is."""
-
-    offset: int
-
-    def expect(self, total: int) -> None:
-        """The whole will have `total` bytes. Raises BinProxyError where that cannot be taken."""
-
-    def write(self, chunk: bytes) -> None:
-        """Append. Raises BinProxyError where that cannot be taken."""
-
-    def restart(self) -> None:
-        """Forget all bytes: what comes next begins at the first."""
 
 
 class _Retry(Exception):
@@ -178,46 +166,46 @@ class BinManager:
 
         return self._retrying(ask, deadline)
 
-    def download(self, binary: Binary, release: Release, sink: Sink) -> None:
-        """Fetch the bytes of `release` into `sink`, going on from where it stands; the caller verifies them.
+    def download(self, binary: Binary, release: Release, part: Part) -> None:
+        """Fetch the bytes of `release` into `part`, going on from where it stands; the caller verifies them.
 
         A connection that drops is taken up again for as long as each brings something (DOWNLOAD_TIMEOUT at most).
 
         Raises:
-            Unreachable, BinManagerError: the download did not end; what came is in the sink.
-            BinProxyError: what the sink raised.
+            Unreachable, BinManagerError: the download did not end; what came is in the part.
+            BinProxyError: what the part raised.
         """
         settings = self._settings
         deadline = time.monotonic() + settings.download_timeout
 
         def fetch() -> None:
-            start = sink.offset
+            start = part.offset
             headers = {"Range": f"bytes={start}-"} if start else {}
             with self._get(f"releases/{binary.version}/{binary.name}/download", headers) as response:
                 if response.status_code == 416:
-                    sink.restart()
+                    part.restart()
                     raise _Retry(BinManagerError("bin-manager answered HTTP 416 to the rest of a download"))
                 if response.status_code not in (200, 206):
                     raise _failure(response.status_code, self._read(response, deadline))
                 total = _expected(response, start, release)
                 if response.status_code == 200 and start:
-                    sink.restart()
+                    part.restart()
                 if total is not None:
-                    sink.expect(total)
+                    part.expect(total)
                 for chunk in self._chunks(response, deadline):
-                    sink.write(chunk)
-                if total is not None and sink.offset < total:
+                    part.write(chunk)
+                if total is not None and part.offset < total:
                     raise _Retry(
                         Unreachable(f"bin-manager at {self._where} closed the connection in the middle of a download")
                     )
 
         while True:
-            before = sink.offset
+            before = part.offset
             try:
                 self._retrying(fetch, deadline)
                 return
             except Unreachable:
-                if sink.offset <= before or time.monotonic() >= deadline:
+                if part.offset <= before or time.monotonic() >= deadline:
                     raise
 
     def _retrying(self, action: Callable[[], _T], deadline: float) -> _T:

@@ -105,10 +105,8 @@ def parse_config(text: str) -> list[Assignment]:
             if match:
                 known = plain and word.literal and not match[2] and not command.open
                 found.append(Assignment(match[1], match[3] if known else None, command.line))
-            elif (
-                not position and not exported and _NAME.fullmatch(first) and len(words) > 1 and words[1].text[:1] == "="
-            ):
-                found.append(Assignment(first, None, command.line))  # blanks around the sign
+            elif position == 1 and not exported and word.text[:1] == "=" and _NAME.fullmatch(first):
+                found.append(Assignment(first, None, command.line))  # a blank before the sign
         lost |= command.open or first in _ENDS_ALL
         nested -= sum(word.text in _CLOSES for word in words[:1])
     return found

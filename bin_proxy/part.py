@@ -60,7 +60,7 @@ class Space:
 
 
 class Part:
-    """The `.part` file of a download: hashed in a thread of its own while the network is read (a bin_manager.Sink).
+    """The `.part` file of a download: hashed in a thread of its own while the network is read.
 
     Args:
         path: see `part_path`. What lies there is used only if it is a plain file of ours that nobody else can write.
