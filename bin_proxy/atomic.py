@@ -24,6 +24,20 @@ def fsync_folder(folder: str) -> None:
         os.close(fd)
 
 
+def make_folder(path: str, mode: int) -> None:
+    """Make a folder, and those above it, if it is absent, so that it survives a power loss.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if os.path.isdir(path):
+        return
+    make_folder(os.path.dirname(path), 0o755)
+    os.mkdir(path)
+    os.chmod(path, mode)
+    fsync_folder(os.path.dirname(path))
+
+
 def create_private(path: str) -> int:
     """Create `path` anew, 0600, never through a link and never on top of what lies there.
 

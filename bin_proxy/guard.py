@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from filelock import Timeout, UnixFileLock
 
-from bin_proxy.atomic import write_atomically
+from bin_proxy.atomic import make_folder, write_atomically
 from bin_proxy.errors import Busy, Interrupted, host_error
 
 
@@ -60,8 +60,7 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
     """
     holder = os.path.join(state_dir, "running.json")
     try:
-        if not os.path.isdir(state_dir):
-            os.makedirs(state_dir, 0o755)
+        make_folder(state_dir, 0o755)
         # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
         lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o600, fallback_to_soft=False)
         lock.acquire(timeout=wait, poll_interval=0.2)

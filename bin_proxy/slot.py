@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from bin_proxy.atomic import copy_attributes, create_private, fsync_folder
+from bin_proxy.atomic import copy_attributes, create_private, fsync_folder, make_folder
 from bin_proxy.errors import HostError, host_error
 
 _CHUNK = 1024 * 1024
@@ -184,9 +184,7 @@ class Backups:
         assert slot.md5 and slot.status
         entry = self.path(name, slot.md5)
         folder = os.path.dirname(entry)
-        if not os.path.isdir(folder):
-            os.makedirs(folder, 0o700)
-            fsync_folder(self._root)
+        make_folder(folder, 0o700)
         if os.path.lexists(entry) and os.path.samefile(entry, slot.target):
             return
         _link_or_copy(slot.target, f"{entry}.tmp", linkable=slot.status.st_nlink == 1)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from bin_proxy.atomic import fsync_folder, write_atomically
+from bin_proxy.atomic import fsync_folder, make_folder, write_atomically
 from bin_proxy.errors import host_error
 from bin_proxy.manifest import parse_json
 
@@ -265,12 +265,8 @@ class State:
             HostError: STATE_DIR is not to be had.
         """
         try:
-            for folder, mode in (("", 0o755), ("journal", 0o755), ("backups", 0o700)):
-                path = os.path.join(self.folder, folder)
-                if not os.path.isdir(path):
-                    os.makedirs(path, 0o755)
-                    os.chmod(path, mode)
-                    fsync_folder(os.path.dirname(path.rstrip("/")))
+            make_folder(os.path.join(self.folder, "journal"), 0o755)
+            make_folder(os.path.join(self.folder, "backups"), 0o700)
             for folder in ("", "journal"):
                 with os.scandir(os.path.join(self.folder, folder)) as entries:
                     for stray in [entry.path for entry in entries if entry.name.endswith(".tmp")]:
