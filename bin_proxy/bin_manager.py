@@ -134,7 +134,7 @@ class BinManager:
         self._session.trust_env = (
             False  # no .netrc; proxies and CA come from the lines below, once instead of a request
         )
-        self._session.proxies = get_environ_proxies(self._api)
+        self._proxies = get_environ_proxies(self._api)
         self._session.verify = _certificates(settings)
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._session.headers = {"User-Agent": f"bin-proxy/{__version__}", "Accept-Encoding": "identity"}
@@ -279,7 +279,7 @@ class BinManager:
     def _follow(self, url: str, headers: dict[str, str]) -> requests.Response:
         """GET `url`, redirects followed; the credentials go to the API's own origin alone."""
         for _ in range(_REDIRECTS + 1):
-            proxies = None
+            proxies = self._proxies
             own = _origin(url) == _origin(self._api)
             if own and self._authorization:
                 headers = {**headers, "Authorization": self._authorization}
@@ -335,6 +335,7 @@ def _cause(error: BaseException) -> str:
             break
         error = inner
     words = error.args[-1] if error.args and isinstance(error.args[-1], str) else str(error)
+    words = re.sub(r"//[^/@\s]*@", "//***@", words)  # a proxy's password
     return re.sub(r"^<?[\w.]+\(.*?\):? |^\[[^]]*\] ", "", words)[:200] or type(error).__name__
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -268,12 +269,24 @@ def _fail(error: BinProxyError) -> int:
     return 2 if isinstance(error, UsageError) else 1
 
 
+def _open_standard_streams() -> None:
+    """Where the caller closed one, it is /dev/null: no file of ours may get its number and what is printed there."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     os.umask(0o022)  # whatever the caller's is: modes that matter are given on purpose
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    _open_standard_streams()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as ended:

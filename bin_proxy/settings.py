@@ -152,16 +152,20 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
         if not value and name in in_file:
             value, line = in_file[name]
             origin = f"{path or DEFAULT_CONFIG}:{line}: {name}"
-            if value is None:
-                faults.append(f"{origin} needs a shell to be worked out; write the value itself")
         try:
             chosen[key] = parse(value or default)
         except ValueError as error:
             faults.append(f"{origin} {error}")
         if name == "SUPERVISORCTL":
             chosen["supervisorctl_chosen"] = bool(value)
-    for name, (value, _) in in_file.items():
-        if _EXPORTED.fullmatch(name) and value and value.isprintable() and not environ.get(name):
+    for name, (value, line) in in_file.items():
+        if options.get(name) or environ.get(name):
+            continue
+        if value is None or not value.isprintable():
+            faults.append(
+                f"{path or DEFAULT_CONFIG}:{line}: {name} needs a shell to be worked out; write the value itself"
+            )
+        elif name not in TABLE and value:
             environ[name] = value
     if not faults:
         _finish(chosen, environ.get("PATH", ""), faults)
