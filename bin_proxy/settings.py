@@ -26,7 +26,7 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting, checked. Times are in seconds, sizes in bytes."""
+    """Every setting, checked. Times are in seconds."""
 
     api: str
     bin_dir: str
@@ -41,7 +41,7 @@ class Settings:
     client_key: str
     http_timeout: float
     download_timeout: float
-    max_download: int
+    max_download_mib: int
     restart_timeout: float
     min_healthy: float
     health_timeout: float
@@ -58,44 +58,31 @@ def _text(value: str) -> str:
     return value
 
 
-def _folder(value: str) -> str:
-    if not os.path.isabs(_text(value)):
-        raise ValueError(f"must be an absolute path, not {value!r}")
-    return os.path.normpath(value)
-
-
-def _file(value: str) -> str:
-    return os.path.abspath(_text(value))
+def _path(value: str) -> str:
+    return os.path.abspath(_text(value)) if value else ""
 
 
 def _url(value: str) -> str:
     try:
         parts = urlsplit(_text(value))
-        sound = (
-            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(value) & set(" \\?#")
-        )
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         sound = False
-    if not sound:  # without the value, which may hold a password
+    if not sound or set(value) & set(" \\?#"):  # without the value, which may hold a password
         raise ValueError("must be an http:// or https:// URL with a host, without ? and #")
     return value.rstrip("/")
 
 
-def _seconds(least: float) -> Callable[[str], float]:
+def _number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
     def parse(value: str) -> float:
-        number = float(value)
-        if not math.isfinite(number) or number < least or number > 7 * 86400:
-            raise ValueError(f"must be between {least:g} and 604800 seconds, not {value!r}")
+        try:
+            number = kind(value)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            what = "a whole number" if kind is int else "a number of seconds"
+            raise ValueError(f"must be {what} from {least:g} to {most:g}, not {value[:40]!r}")
         return number
-
-    return parse
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", value.strip()) or not least <= int(value) <= most:
-            raise ValueError(f"must be a whole number from {least} to {most}, not {value!r}")
-        return int(value)
 
     return parse
 
@@ -107,28 +94,30 @@ def _command(value: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+_timeout = _number(0.05, 604800)
+
 # name: (field, default, parser)
 TABLE: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "BIN_MANAGER_API": ("api", "http://localhost:8080/api/v1", _url),
-    "BIN_DIR": ("bin_dir", "/usr/local/bin", _folder),
-    "BIN_MANIFESTS": ("manifest", "/etc/bin-proxy/bin-manifests.json", _file),
-    "LOG_FILE": ("log_file", "/var/log/bin-proxy.log", _file),
-    "STATE_DIR": ("state_dir", "/var/lib/bin-proxy", _file),
+    "BIN_DIR": ("bin_dir", "/usr/local/bin", _path),
+    "BIN_MANIFESTS": ("manifest", "/etc/bin-proxy/bin-manifests.json", _path),
+    "LOG_FILE": ("log_file", "/var/log/bin-proxy.log", _path),
+    "STATE_DIR": ("state_dir", "/var/lib/bin-proxy", _path),
     "SUPERVISORCTL": ("supervisorctl", "supervisorctl", _command),
     "BIN_MANAGER_TOKEN": ("token", "", str),
-    "BIN_MANAGER_TOKEN_FILE": ("token_file", "", _text),
-    "BIN_MANAGER_CA_BUNDLE": ("ca_bundle", "", _text),
-    "BIN_MANAGER_CLIENT_CERT": ("client_cert", "", _text),
-    "BIN_MANAGER_CLIENT_KEY": ("client_key", "", _text),
-    "HTTP_TIMEOUT": ("http_timeout", "10", _seconds(0.05)),
-    "DOWNLOAD_TIMEOUT": ("download_timeout", "600", _seconds(0.05)),
-    "MAX_DOWNLOAD_MIB": ("max_download", "4096", lambda value: _whole(1, 1 << 24)(value) * _MIB),
-    "RESTART_TIMEOUT": ("restart_timeout", "120", _seconds(0.05)),
-    "MIN_HEALTHY_SECONDS": ("min_healthy", "5", _seconds(0)),
-    "HEALTH_TIMEOUT": ("health_timeout", "60", _seconds(0.05)),
-    "BACKUPS_KEEP": ("backups_keep", "3", _whole(0, 1000)),
-    "JOBS": ("jobs", "8", _whole(1, 256)),
-    "METRICS_FILE": ("metrics_file", "", _text),
+    "BIN_MANAGER_TOKEN_FILE": ("token_file", "", _path),
+    "BIN_MANAGER_CA_BUNDLE": ("ca_bundle", "", _path),
+    "BIN_MANAGER_CLIENT_CERT": ("client_cert", "", _path),
+    "BIN_MANAGER_CLIENT_KEY": ("client_key", "", _path),
+    "HTTP_TIMEOUT": ("http_timeout", "10", _timeout),
+    "DOWNLOAD_TIMEOUT": ("download_timeout", "600", _timeout),
+    "MAX_DOWNLOAD_MIB": ("max_download_mib", "4096", _number(1, 1 << 24, int)),
+    "RESTART_TIMEOUT": ("restart_timeout", "120", _timeout),
+    "MIN_HEALTHY_SECONDS": ("min_healthy", "5", _number(0, 86400)),
+    "HEALTH_TIMEOUT": ("health_timeout", "60", _timeout),
+    "BACKUPS_KEEP": ("backups_keep", "3", _number(0, 1000, int)),
+    "JOBS": ("jobs", "8", _number(1, 256, int)),
+    "METRICS_FILE": ("metrics_file", "", _path),
 }
 
 
@@ -144,14 +133,15 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
         UsageError: with every fault that was found, each naming where the value came from.
     """
     faults: list[str] = []
-    path = options.get("CONFIG") or environ.get("BIN_PROXY_CONFIG") or ""
-    in_file, found = _read_config(path or DEFAULT_CONFIG, must_exist=bool(path), faults=faults)
-    chosen: dict[str, Any] = {}
+    chosen_config = options.get("CONFIG") or environ.get("BIN_PROXY_CONFIG")
+    config = chosen_config or DEFAULT_CONFIG
+    in_file, found = _read_config(config, bool(chosen_config), faults)
+    chosen: dict[str, Any] = {"config": config, "config_found": found}
     for name, (key, default, parse) in TABLE.items():
-        value, origin = options.get(name) or environ.get(name), f"{name}"
+        value, origin = options.get(name) or environ.get(name), name
         if not value and name in in_file:
             value, line = in_file[name]
-            origin = f"{path or DEFAULT_CONFIG}:{line}: {name}"
+            origin = f"{config}:{line}: {name}"
         try:
             chosen[key] = parse(value or default)
         except ValueError as error:
@@ -162,19 +152,17 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
         if options.get(name) or environ.get(name):
             continue
         if value is None or not value.isprintable():
-            faults.append(
-                f"{path or DEFAULT_CONFIG}:{line}: {name} needs a shell to be worked out; write the value itself"
-            )
+            faults.append(f"{config}:{line}: {name} needs a shell to be worked out; write the value itself")
         elif name not in TABLE and value:
             environ[name] = value
     if not faults:
         _finish(chosen, environ.get("PATH", ""), faults)
     if faults:
         raise UsageError(*faults)
-    return Settings(config=path or DEFAULT_CONFIG, config_found=found, **chosen)
+    return Settings(**chosen)
 
 
-def _read_config(path: str, *, must_exist: bool, faults: list[str]) -> tuple[dict[str, tuple[str | None, int]], bool]:
+def _read_config(path: str, must_exist: bool, faults: list[str]) -> tuple[dict[str, tuple[str | None, int]], bool]:
     try:
         if doubts := untrusted(path):
             faults += doubts
@@ -188,8 +176,8 @@ def _read_config(path: str, *, must_exist: bool, faults: list[str]) -> tuple[dic
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}")
         return {}, False
-    wanted = (entry for entry in parse_config(text) if entry.name in TABLE or _EXPORTED.fullmatch(entry.name))
-    return {entry.name: (entry.value, entry.line) for entry in wanted}, True
+    found = {entry.name: (entry.value, entry.line) for entry in parse_config(text)}
+    return {name: value for name, value in found.items() if name in TABLE or _EXPORTED.fullmatch(name)}, True
 
 
 def _finish(chosen: dict[str, Any], search_path: str, faults: list[str]) -> None:

@@ -44,7 +44,7 @@ def stage(
         ReleaseError: verifyCommand refuses it.
     """
     path = part_path(slot.target, binary.name, release.md5)
-    part = Part(path, release, settings.max_download, space)
+    part = Part(path, release, settings.max_download_mib << 20, space)
     old_size = slot.status.st_size if slot.status else 0
     elsewhere = os.stat(settings.state_dir).st_dev != os.stat(slot.folder).st_dev
     try:
