@@ -58,13 +58,15 @@ def _commands(text: str) -> Iterator[_Command]:
                 command.alone &= char in ";\n"
                 command.open |= depth > 0 or ticks % 2 > 0
                 yield command
-                command = _Command(line, alone=char in ";\n")
+                after_sign = not command.words and not command.alone and char == "\n"  # the list goes on below
+                command = _Command(line, alone=char in ";\n" and not after_sign)
         else:
             word = word or _Word()
             escapes = char == "\\" and (not quote or (quote == '"' and following in list('$`"\\')))
             if escapes or (char in "'\"" and quote in ("", char)):
                 word.plain_name &= "=" in word.text
                 word.text += following if escapes else ""
+                word.literal &= not escapes or bool(following)
                 at += escapes
                 quote = quote if escapes else "" if quote else char
                 continue

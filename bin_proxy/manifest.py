@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from json import decoder as json_decoder
+from json import JSONDecoder
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -84,27 +84,25 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
     except ValueError as error:
         raise UsageError(f"manifest {path}: {error}") from None
     binaries: list[Binary] = []
+    seen: dict[str, str] = {}  # names, and files by the name that has them
     for at, entry in enumerate(data["binaries"]):
         where = f"manifest {path}: binaries[{at}]"
         if not isinstance(entry, dict):
             faults.append(f"{where} is not an object")
             continue
-        if isinstance(entry.get("name"), str):
-            where += f" ({entry['name'][:130]!r})"
-        before = len(faults)
-        faults += [f"{where}: {fault}" for fault in _faults(entry)]
-        if len(faults) == before:
+        name = entry.get("name")
+        where += f" ({name[:130]!r})" if isinstance(name, str) else ""
+        found = _faults(entry)
+        if isinstance(name, str) and _WORD.fullmatch(name):
+            file = entry.get("path", os.path.join(settings.bin_dir, name))
+            real = os.path.realpath(file) if _is_text(file) else ""
+            found += ["its name stands twice"] if name in seen else []
+            found += [f"it shares the file {real} with {seen[real]}"] if real in seen else []
+            seen |= {name: name, real: name} if real else {name: name}
+        if found:
+            faults += [f"{where}: {fault}" for fault in found]
+        else:
             binaries.append(_binary(entry, settings))
-    names: set[str] = set()
-    files: dict[str, str] = {}
-    for binary in binaries:
-        real = os.path.realpath(binary.path)
-        if binary.name in names:
-            faults.append(f"manifest {path}: the name {binary.name} stands twice")
-        elif real in files:
-            faults.append(f"manifest {path}: {files[real]} and {binary.name} share the file {real}")
-        names.add(binary.name)
-        files.setdefault(real, binary.name)
     if faults:
         raise UsageError(*faults)
     return tuple(binaries)
@@ -235,15 +233,14 @@ def record_md5s(path: str, digests: Mapping[str, str]) -> None:
 
 def _with_md5s(text: str, digests: Mapping[str, str]) -> str:
     data = _parse(text)
-    [(at, _)] = [span for key, span in _members(text, _skip(text, 0)) if key == "binaries"]
+    [at] = [start for key, start, _ in _values(text, _skip(text, 0)) if key == "binaries"]
     pieces, copied = [], 0
-    starts = [start for start, _ in _items(text, at)]
-    for entry, start in zip(data["binaries"], starts, strict=True):
+    for entry, (_, start, _) in zip(data["binaries"], _values(text, at), strict=True):
         if not isinstance(entry, dict) or "currentMd5" not in entry:
             continue
         md5 = digests.get(str(entry.get("name")))
         if md5 is not None and entry["currentMd5"] != md5:
-            [(begin, end)] = [span for key, span in _members(text, start) if key == "currentMd5"]
+            [(begin, end)] = [span for key, *span in _values(text, start) if key == "currentMd5"]
             pieces += [text[copied:begin], json.dumps(md5)]
             copied = end
     return "".join([*pieces, text[copied:]])
@@ -255,27 +252,15 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _items(text: str, at: int) -> list[tuple[int, int]]:
-    """The spans of the values of the array that begins at `at`, in text that is known to be JSON."""
-    spans, scan = [], json_decoder.JSONDecoder().raw_decode
+def _values(text: str, at: int) -> Iterator[tuple[str, int, int]]:
+    """The key (of an object), begin and end of each value of the object or array at `at`, in text known to be JSON."""
+    scan, of_object, key = JSONDecoder().raw_decode, text[at] == "{", ""
     at = _skip(text, at + 1)
-    while text[at] != "]":
+    while text[at] not in "]}":
+        if of_object:
+            key, at = scan(text, at)
+            at = _skip(text, _skip(text, at) + 1)
         _, end = scan(text, at)
-        spans.append((at, end))
+        yield key, at, end
         at = _skip(text, end)
         at = _skip(text, at + 1) if text[at] == "," else at
-    return spans
-
-
-def _members(text: str, at: int) -> list[tuple[str, tuple[int, int]]]:
-    """The keys, and the spans of their values, of the object that begins at `at`."""
-    members, scan = [], json_decoder.JSONDecoder().raw_decode
-    at = _skip(text, at + 1)
-    while text[at] != "}":
-        key, end = scan(text, at)
-        start = _skip(text, _skip(text, end) + 1)
-        _, end = scan(text, start)
-        members.append((key, (start, end)))
-        at = _skip(text, end)
-        at = _skip(text, at + 1) if text[at] == "," else at
-    return members
