@@ -31,7 +31,7 @@ def sourced(text: str, shell: str = "/bin/sh") -> dict[str, str] | None:
         file = Path(folder, "config")
         file.write_bytes(text.encode())
         # bash is asked to behave as sh does; no PATH, so that no word of the file is a program.
-        script = 'set -a; . "$1"; exec /usr/bin/env -0'
+        script = 'set -a; . "$1" >/dev/null; exec /usr/bin/env -0'
         command = [shell, *(["--posix"] if shell.endswith("bash") else []), "-c", script, "sh", str(file)]
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, env={"PATH": "/nowhere"}, cwd=folder, timeout=20
