@@ -133,7 +133,7 @@ def sync(
     elif dry_run:
         for result in results:
             what = "would be updated" if result.outcome == "updated" else result.outcome
-            click.echo(clean(f"{result.name}: {what}: {result.error or result.note}"))
+            click.echo(clean(f"{result.name}: {what}: {result.note or result.error}"))
     return code
 
 

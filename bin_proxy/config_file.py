@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=(.*)", re.S)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -35,7 +35,7 @@ class _Command:
     line: int
     words: list[_Word] = field(default_factory=list)
     alone: bool = True  # neither in a pipe or list, nor in the background
-    open: bool = False  # a parenthesis or backtick is still open at its end, or a here-document follows
+    open: bool = False  # no shell would take it so, or it goes on below in a way that only a shell understands
 
 
 def _commands(text: str) -> Iterator[_Command]:
@@ -56,7 +56,9 @@ def _commands(text: str) -> Iterator[_Command]:
             word = None
             if ends:
                 command.alone &= char in ";\n"
-                command.open |= depth > 0 or ticks % 2 > 0
+                doubled = char in "&|" and text[at - 2 : at - 1] == char
+                no_command = char != "\n" and not command.words and not doubled
+                command.open |= depth != 0 or ticks % 2 > 0 or no_command
                 yield command
                 after_sign = not command.words and not command.alone and char == "\n"  # the list goes on below
                 command = _Command(line, alone=char in ";\n" and not after_sign)
@@ -79,9 +81,8 @@ def _commands(text: str) -> Iterator[_Command]:
                 depth += (char == "(") - (char == ")")
                 command.open |= char == "<" == following
             word.text += char
-    if word:
-        word.literal &= not quote
-        command.words.append(word)
+    command.words += [word] if word else []
+    command.open |= depth != 0 or ticks % 2 > 0 or bool(quote)
     yield command
 
 
@@ -109,6 +110,8 @@ def parse_config(text: str) -> list[Assignment]:
                 found.append(Assignment(match[1], match[3] if known else None, command.line))
             elif position == 1 and not exported and word.text[:1] == "=" and _NAME.fullmatch(first):
                 found.append(Assignment(first, None, command.line))  # a blank before the sign
+        if command.open:  # a shell may refuse the whole line
+            found = [replace(one, value=None) if one.line == command.line else one for one in found]
         lost |= command.open or first in _ENDS_ALL
         nested -= sum(word.text in _CLOSES for word in words[:1])
     return found

@@ -42,7 +42,7 @@ def roll_back(
         state.prepare()
         for line in state.set_aside():
             report.tell(line)
-        updater = Updater(settings, state, report.tell, report.log)
+        updater = Updater(settings, state, report)
         with signals.held():
             if binary.name in state.records:
                 recovered = updater.recover(binary.name, state.records[binary.name], binary)

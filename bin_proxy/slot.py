@@ -214,15 +214,19 @@ class Backups:
             OSError: one cannot be removed.
         """
         kept: list[str] = []
+        removed = []
         for md5 in self.listed(name, order):
             if len(kept) < max(1, keep) and not (installed and installed.md5 == md5):
                 kept.append(md5)
             else:
-                os.unlink(self.path(name, md5))
+                removed.append(md5)
+        folder = os.path.join(self._root, name)
         with suppress(FileNotFoundError):
-            for entry in os.listdir(os.path.join(self._root, name)):
-                if entry.endswith(".tmp"):
-                    os.unlink(os.path.join(self._root, name, entry))
+            removed += [entry for entry in os.listdir(folder) if entry.endswith(".tmp")]
+        for entry in removed:
+            os.unlink(os.path.join(folder, entry))
+        if removed:  # the record that would do this again goes next
+            fsync_folder(folder)
         return kept
 
 

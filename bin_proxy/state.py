@@ -220,7 +220,10 @@ class State:
         path = os.path.join(self.folder, file)
         try:
             with open(path, "rb") as opened:
-                data = parse_json(opened.read(_LARGEST).decode())
+                raw = opened.read(_LARGEST)
+            if not raw and kind is Cache:  # nobody waited for the disk to have it, and the power failed
+                return Cache()
+            data = parse_json(raw.decode())
             if not isinstance(data, dict) or data.pop("version", None) != VERSION:
                 raise ValueError("it is of another version of bin-proxy")
             return decode(kind, data)

@@ -56,7 +56,7 @@ class Sync:
         self.results: dict[str, Result] = {}
         self.troubles: list[str] = []
         self._recovered: dict[str, Result] = {}
-        self._updater = Updater(settings, self.state, report.tell, report.log)
+        self._updater = Updater(settings, self.state, report)
         self._api = BinManager(settings, report.detail)
         self._space = Space()
         self._workers = Workers(settings.jobs, self._late)
@@ -179,7 +179,8 @@ class Sync:
         why = decision.why + (
             f"; until {time.strftime('%H:%M:%S', time.localtime(decision.until))}" if decision.until else ""
         )
-        told = None if decision.well else f"release {short(release.md5)} {decision.outcome}: {why}"
+        now_what = f"; bin-proxy sync --only {binary.name} --retry-held tries it again" if not decision.well else ""
+        told = None if decision.well else f"release {short(release.md5)} {decision.outcome}: {why}{now_what}"
         self._end(Result(binary.name, outcome, decision.well, slot.md5, release.md5, 0.0, told, decision.kind, why))
 
     def _stage(self, binary: Binary, slot: Slot, release: Release, memory: Memory) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from bin_proxy.errors import BinProxyError, HostError, ReleaseError, Stuck, host
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.plan import Result, short
+from bin_proxy.report import Report
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, check_writable, dress, identity, inspect, locate, part_path, swap
 from bin_proxy.state import Record, State, Unwell
@@ -27,16 +27,13 @@ class Updater:
     Args:
         settings: every setting.
         state: the durable memory.
-        tell: called with one line for people who watch.
-        log: called with one line for LOG_FILE.
+        report: who is told.
     """
 
-    def __init__(
-        self, settings: Settings, state: State, tell: Callable[[str], None], log: Callable[[str], None]
-    ) -> None:
+    def __init__(self, settings: Settings, state: State, report: Report) -> None:
         self._settings, self._state = settings, state
-        self._tell, self._log = tell, log
-        self._supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, tell)
+        self._tell, self._log = report.tell, report.log
+        self._supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, report.detail)
         self._backups = Backups(settings.state_dir)
 
     def preflight(self, binary: Binary, slot: Slot) -> None:
