@@ -110,7 +110,7 @@ def decide(
         held = next((hold for hold in memory.holds if hold.md5 == offered), None)
         if held:
             return _held(held)
-        if installed and memory.lost in (offered, "*"):
+        if installed and memory.lost == offered:
             return Decision(
                 "held", False, "the state file could not be read, so it may have been held before", "release"
             )

@@ -236,28 +236,33 @@ class State:
         return None if kind is Record else kind()
 
     def set_aside(self) -> list[str]:
-        """Rename each unreadable file, so that it is kept, told once and in nobody's way.
+        """Keep each unreadable file under another name, told once and in nobody's way.
+
+        A record stays where it is besides: that something was begun is all that is known of it, and must not be lost.
 
         Returns:
-            one line for each.
+            one line for each that was not told before.
 
         Raises:
-            HostError: one cannot be renamed.
+            HostError: one cannot be kept.
         """
         lines = []
         for file, why in self.unreadable:
             path = os.path.join(self.folder, file)
-            aside = f"{path}.unreadable-{time.time_ns()}"
             try:
-                os.rename(path, aside)
+                aside = f"{path}.unreadable-{os.stat(path).st_ino}"
+                if os.path.lexists(aside):
+                    continue
+                (os.link if file.startswith("journal/") else os.rename)(path, aside)
             except OSError as error:
                 raise host_error(f"set the unreadable {path} aside", error) from error
             lines.append(f"{path} cannot be read ({why}); kept as {aside}")
+            if file == "state.json":
+                self._saved = ""
             if file == "pauses.json":
                 lines[-1] += "; all binaries are paused until bin-proxy resume"
                 self.pauses["*"] = Pause("what was paused could not be read", time.time(), None)
                 self.save_pauses()
-        self._saved = "" if any(file == "state.json" for file, _ in self.unreadable) else self._saved
         self.unreadable = []
         return lines
 

@@ -149,8 +149,10 @@ class Sync:
                 with self._signals.held():
                     self._updater.mend(binary, now, at_once=self._options.retry_held)
             longest = self._options.splay
+            if memory.lost:  # only what was offered first may have been offered, and held, before
+                memory.lost = "" if slot.md5 == release.md5 else memory.lost.replace("*", release.md5)
             if slot.md5 == release.md5:
-                memory.lost = ""
+                memory.seen = {}
             elif longest and not self._options.dry_run and release.md5 not in memory.seen:
                 memory.seen = {release.md5: now}
                 self._report.log(

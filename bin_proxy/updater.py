@@ -291,6 +291,7 @@ class Updater:
     def _unknown_record(self, name: str, binary: Binary | None) -> Record | None:
         """What an unreadable record may have begun: at the worst a restart that stopped the service."""
         if binary is None:
+            self._state.close_record(name)
             return None
         slot = inspect(binary.path, None)
         processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
