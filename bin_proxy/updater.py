@@ -257,7 +257,8 @@ class Updater:
         what_now = (
             f"; held: bin-proxy sync --only {record.name} --retry-held tries it again" if verdict == "hold" else ""
         )
-        error = f"release {short(record.new)} failed: {record.reason}; {words}{what_now}"
+        failed = f"release {short(record.new)} failed: " if record.new != record.old else ""
+        error = f"{failed}{record.reason}; {words}{what_now}"
         seconds = now - record.since
         self._log(
             f"{record.name}: rolled back {record.new} -> {record.old or '-'}, {seconds:.1f} s: {record.reason}; {words}"
@@ -296,7 +297,7 @@ class Updater:
         slot = inspect(binary.path, None)
         processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
         record = Record(name, slot.target, slot.md5, slot.md5 or "", 0, processes, True, False, "sync", time.time())
-        record.phase, record.fault, record.reason = "rolling-back", "host", "the record of an update could not be read"
+        record.phase, record.fault, record.reason = "rolling-back", "host", "the record of an interrupted update could not be read"
         self._state.write_record(record)
         return record
 
