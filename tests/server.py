@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -85,11 +86,13 @@ class Server(ThreadingHTTPServer):
 class BinManagerServer:
     """Serves releases on loopback.
 
+    `address` is any of loopback's; with `context` it speaks TLS.
+
     `scripts[path]` is a list of behaviours, one for each coming request; `always[path]` (or `always["*"]`) one for
     all of them; `extra[(version, name)]` is put into the data of the MD5's answer.
     """
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, address: str = "127.0.0.1", context: ssl.SSLContext | None = None) -> None:
         self.lock = threading.Lock()
         self.releases: dict[tuple[str, str], bytes] = {}
         self.extra: dict[tuple[str, str], dict[str, Any]] = {}
@@ -97,16 +100,21 @@ class BinManagerServer:
         self.always: dict[str, Behaviour] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.downloads = 0
-        self.port = port
+        self.port, self.address, self.context = port, address, context
         self.server: Server | None = None
         self.start()
 
     @property
     def api(self) -> str:
-        return f"http://127.0.0.1:{self.port}/api/v1"
+        return f"{'https' if self.context else 'http'}://{self.address}:{self.port}/api/v1"
 
     def start(self) -> None:
-        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.server = Server((self.address, self.port), Handler)
+        if self.context:
+            # The handshake belongs into the thread of its connection, not into the one that accepts.
+            self.server.socket = self.context.wrap_socket(
+                self.server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.server.owner = self
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -129,3 +137,13 @@ class BinManagerServer:
     @staticmethod
     def download_path(name: str, version: str = "latest") -> str:
         return f"/api/v1/releases/{version}/{name}/download"
+
+
+def redirect_to(location: str, status: int = 302) -> Behaviour:
+    """A behaviour that sends the client elsewhere."""
+
+    def behave(handler: Handler) -> bool:
+        handler.answer(status, b"", {"Location": location})
+        return False
+
+    return behave
