@@ -18,14 +18,10 @@ import click
 from bin_proxy import __version__
 from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean, host_error
 from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.settings import Settings, load_settings
+from bin_proxy.settings import TABLE, Settings, load_settings
 
-_SETTINGS_HELP = """\b
-Every setting may come from an option, the environment or the config file (NAME=value lines), in this order:
-  BIN_MANAGER_API, BIN_MANAGER_TOKEN, BIN_MANAGER_TOKEN_FILE, BIN_MANAGER_CA_BUNDLE, BIN_MANAGER_CLIENT_CERT,
-  BIN_MANAGER_CLIENT_KEY, BIN_DIR, BIN_MANIFESTS, LOG_FILE, STATE_DIR, SUPERVISORCTL, HTTP_TIMEOUT,
-  DOWNLOAD_TIMEOUT, MAX_DOWNLOAD_MIB, RESTART_TIMEOUT, MIN_HEALTHY_SECONDS, HEALTH_TIMEOUT, BACKUPS_KEEP, JOBS,
-  METRICS_FILE
+_EPILOG = f"""A setting may come from an option, the environment or the config file (NAME=value
+lines), the first that names it counts: {", ".join(TABLE)}.
 
 \b
 Examples:
@@ -50,17 +46,17 @@ class Context:
         return load_settings(self.options, os.environ)  # type: ignore[arg-type]
 
 
-def _setting(flag: str, name: str, help_text: str) -> Callable[[Any], Any]:
-    return click.option(flag, name.lower(), envvar=name, show_envvar=True, metavar="TEXT", help=help_text)
+def _setting(flag: str, name: str, metavar: str, help_text: str) -> Callable[[Any], Any]:
+    return click.option(flag, name.lower(), envvar=name, show_envvar=True, metavar=metavar, help=help_text)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_SETTINGS_HELP)
-@_setting("--config", "BIN_PROXY_CONFIG", "Config file.  [default: /etc/bin-proxy/config]")
-@_setting("--api", "BIN_MANAGER_API", "URL of bin-manager's API.")
-@_setting("--bin-dir", "BIN_DIR", "Folder of the binaries.")
-@_setting("--manifest", "BIN_MANIFESTS", "The manifest.")
-@_setting("--log-file", "LOG_FILE", "Log file.")
-@_setting("--state-dir", "STATE_DIR", "Folder for lock, journal, holds and backups.")
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
+@_setting("--config", "BIN_PROXY_CONFIG", "FILE", "Config file.  [default: /etc/bin-proxy/config]")
+@_setting("--api", "BIN_MANAGER_API", "URL", "URL of bin-manager's API.")
+@_setting("--bin-dir", "BIN_DIR", "FOLDER", "Folder of the binaries.")
+@_setting("--manifest", "BIN_MANIFESTS", "FILE", "The manifest.")
+@_setting("--log-file", "LOG_FILE", "FILE", "Log file.")
+@_setting("--state-dir", "STATE_DIR", "FOLDER", "Folder for lock, journal, holds and backups.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell every request and call.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell trouble only.")
 @click.version_option(__version__, prog_name="bin-proxy")
@@ -92,13 +88,21 @@ _only = click.option(
 @click.option("--dry-run", is_flag=True, help="Say what would happen and why; change nothing.")
 @click.option("--retry-held", is_flag=True, help="Try releases that are held or wait, too.")
 @click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait for another sync to end.")
-@click.option("--splay", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Spread a fleet's updates.")
+@click.option(
+    "--splay",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Begin an update at this host's own moment within so many seconds.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_obj
 def sync(
     context: Context, only: tuple[str, ...], dry_run: bool, retry_held: bool, wait: float, splay: float, as_json: bool
 ) -> int:
-    """Update what is outdated: download, verify, back up, swap, restart, watch, roll back if need be.
+    """Update what is outdated, and roll back what fails.
+
+    Download, verify, back up, swap, restart, watch; if the service does not stay up, the previous release comes back.
 
     \b
     Exit codes: 0 all is where it should be, 1 something is not, 2 usage, settings or manifest,
@@ -181,7 +185,9 @@ def status(context: Context, only: tuple[str, ...], offline: bool, as_json: bool
 @click.option("--to", metavar="MD5", help="A kept release, or the beginning of its MD5; see status --json.")
 @click.pass_obj
 def rollback(context: Context, name: str, to: str | None) -> int:
-    """Go back to the previous release of NAME; the release that is left is held.
+    """Go back to the previous release of NAME.
+
+    The release that is left is held: sync leaves it alone.
 
     \b
     Examples:
@@ -207,7 +213,7 @@ def rollback(context: Context, name: str, to: str | None) -> int:
 @click.option("--for", "duration", metavar="DURATION", help="Until when: 30m, 2h, 1d, 1h30m; without it, until resume.")
 @click.pass_obj
 def pause(context: Context, names: tuple[str, ...], reason: str, duration: str | None) -> int:
-    """Leave binaries as they are; without NAME, the whole host.
+    """Leave binaries as they are; without NAME, the host.
 
     \b
     Examples:
@@ -228,7 +234,13 @@ def pause(context: Context, names: tuple[str, ...], reason: str, duration: str |
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
 @click.pass_obj
 def resume(context: Context, names: tuple[str, ...]) -> int:
-    """End the pause of binaries; without NAME, that of the whole host."""
+    """End the pause of binaries; without NAME, that of the host.
+
+    \b
+    Examples:
+      bin-proxy resume manager
+      bin-proxy resume
+    """
     from bin_proxy import operator
 
     settings = context.settings()
@@ -240,7 +252,12 @@ def resume(context: Context, names: tuple[str, ...]) -> int:
 @cli.command()
 @click.pass_obj
 def doctor(context: Context) -> int:
-    """Check everything that is needed; say what is wrong and what to do."""
+    """Say what is wrong with this host, and what to do.
+
+    \b
+    Examples:
+      bin-proxy doctor | tee ticket.txt
+    """
     try:
         settings = context.settings()
     except UsageError as error:
@@ -288,7 +305,7 @@ def main() -> None:
     os.umask(0o022)  # whatever the caller's is: modes that matter are given on purpose
     _open_standard_streams()
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="bin-proxy", standalone_mode=False)
     except click.exceptions.Exit as ended:
         code = ended.exit_code
     except click.ClickException as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -122,8 +125,12 @@ def _line(names: list[str], text: str) -> str:
 
 
 def _echo(line: str, err: bool = False) -> None:
+    line = clean(line)
+    if (sys.stderr if err else sys.stdout).isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     with suppress(OSError):  # nobody listens any more, which is no reason to stop half-way
-        click.echo(clean(line), err=err)
+        click.echo(line, err=err)
 
 
 def _open_log(path: str) -> int:

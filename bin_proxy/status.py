@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -56,6 +57,7 @@ def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -
     Raises:
         HostError: STATE_DIR cannot be read.
     """
+    running = is_locked(settings.state_dir)
     state = State(settings.state_dir, ())
     answers: dict[str, Any] = {name: answer for name, answer in state.cache.answers.items() if offline}
     if not offline:
@@ -66,7 +68,7 @@ def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -
             listing = Supervisor(settings.supervisorctl, settings.restart_timeout, lambda line: None).processes()
         except HostError as error:
             listing = error
-    running = is_locked(settings.state_dir)
+    running = running or is_locked(settings.state_dir)
     rows = [_row(binary, state, answers.get(binary.name), listing, running, settings) for binary in binaries]
     last = state.cache.last_sync
     last_sync = {"at": rfc3339(last[0]), "exitCode": int(last[1])} if len(last) == 2 else None
@@ -165,10 +167,8 @@ def _row(
         "latestMd5": latest,
         "currentMd5": binary.reported,
         "service": service,
-        "held": {"md5": hold.md5, "reason": hold.reason, "since": rfc3339(hold.since)} if hold else None,
-        "paused": {"reason": pause.reason, "since": rfc3339(pause.since), "until": rfc3339(pause.until)}
-        if pause
-        else None,
+        "held": hold and {"md5": hold.md5, "reason": hold.reason, "since": rfc3339(hold.since)},
+        "paused": pause and {"reason": pause.reason, "since": rfc3339(pause.since), "until": rfc3339(pause.until)},
         "retryAt": rfc3339(until),
         "updatedAt": rfc3339(memory.updated_at) if memory else None,
         "backups": backups,
@@ -202,7 +202,7 @@ def render(found: dict[str, Any], *, offline: bool, width: int) -> list[str]:
     table = [(head, "")] + [(_cells(row, offline), row["state"]) for row in found["binaries"]]
     widths = [max(len(cells[at]) for cells, _ in table) for at in range(len(head))]
     lines = []
-    if sum(widths) + 2 * len(widths) <= max(width, 60):
+    if sum(widths) + 2 * len(widths) <= width:
         for cells, state in table:
             padded = [cell.ljust(size) for cell, size in zip(cells, widths, strict=True)]
             padded[1] = _paint(padded[1], state)
@@ -214,8 +214,20 @@ def render(found: dict[str, Any], *, offline: bool, width: int) -> list[str]:
     for row in found["binaries"]:
         lines += [f"{row['name']}: {line}" for line in _advice(row)]
     last = found["lastSync"]
-    lines.append(f"last sync: {last['at']}, exit {last['exitCode']}" if last else "last sync: none yet")
-    return lines
+    ago = f"{_ago(datetime.fromisoformat(last['at']).timestamp())} ago ({_plain(last['at'])})" if last else ""
+    lines.append(f"last sync: {ago}, exit {last['exitCode']}" if last else "last sync: none yet")
+    return [part for line in lines for part in _wrap(line, width)]
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    if len(click.unstyle(line)) <= width:
+        return [line]
+    return textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _plain(at: str) -> str:
+    """An RFC 3339 time as people read it."""
+    return at[:19].replace("T", " ")
 
 
 def _paint(text: str, state: str) -> str:
@@ -253,16 +265,16 @@ def _advice(row: dict[str, Any]) -> list[str]:
     """Why a binary is as it is, and what to type next."""
     name, lines = row["name"], []
     if row["paused"]:
-        until = f" until {row['paused']['until']}" if row["paused"]["until"] else ""
+        until = f" until {_plain(row['paused']['until'])}" if row["paused"]["until"] else ""
         why = row["paused"]["reason"] or "no reason given"
-        lines.append(f"paused since {row['paused']['since']}{until} ({why}): bin-proxy resume ends it")
+        lines.append(f"paused since {_plain(row['paused']['since'])}{until} ({why}): bin-proxy resume ends it")
     elif row["held"]:
-        lines.append(f"{row['held']['md5'][:8]} is held since {row['held']['since']}: {row['held']['reason']}")
+        lines.append(f"{row['held']['md5'][:8]} is held since {_plain(row['held']['since'])}: {row['held']['reason']}")
         lines.append(f"to try it again: bin-proxy sync --only {name} --retry-held")
     elif row["error"]:
         lines.append(str(row["error"]))
     if row["retryAt"]:
-        lines.append(f"tried again at {row['retryAt']}; now: bin-proxy sync --only {name} --retry-held")
+        lines.append(f"tried again at {_plain(row['retryAt'])}; now: bin-proxy sync --only {name} --retry-held")
     if row["state"] == "interrupted":
         lines.append(f"an update was cut off: bin-proxy sync --only {name} finishes or undoes it")
     if row["service"] and row["service"]["restartPending"]:

@@ -297,7 +297,11 @@ class Updater:
         slot = inspect(binary.path, None)
         processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
         record = Record(name, slot.target, slot.md5, slot.md5 or "", 0, processes, True, False, "sync", time.time())
-        record.phase, record.fault, record.reason = "rolling-back", "host", "the record of an interrupted update could not be read"
+        record.phase, record.fault, record.reason = (
+            "rolling-back",
+            "host",
+            "the record of an interrupted update could not be read",
+        )
         self._state.write_record(record)
         return record
 
