@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from bin_proxy.bin_manager import BinManager, is_plain_http_elsewhere
-from bin_proxy.errors import BinProxyError, HostError
+from bin_proxy.errors import BinProxyError, HostError, UsageError
 from bin_proxy.manifest import Binary, load_manifest
 from bin_proxy.settings import Settings
 from bin_proxy.slot import check_writable, locate
@@ -52,7 +52,11 @@ def examine(settings: Settings) -> Iterator[Finding]:
             yield found
     if is_plain_http_elsewhere(settings.api):
         yield False, "bin-manager: asked over plain http, so anyone on the way may alter a release: use https"
-    api = BinManager(settings)
+    try:
+        api = BinManager(settings)
+    except UsageError as error:
+        yield False, str(error)
+        return
     for binary in binaries:
         yield _try(f"bin-manager: {binary.name}", partial(_release, api, binary))
     if not settings.supervisorctl:

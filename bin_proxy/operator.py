@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 
-from bin_proxy.errors import HostError, UsageError
+from bin_proxy.atomic import make_folder
+from bin_proxy.errors import HostError, UsageError, host_error
 from bin_proxy.guard import Signals, locked
 from bin_proxy.manifest import Binary
 from bin_proxy.plan import Result, short
@@ -93,9 +94,11 @@ def pause(settings: Settings, names: tuple[str, ...], reason: str, seconds: floa
     Raises:
         HostError: it cannot be remembered.
     """
-    state = State(settings.state_dir, ())
-    state.prepare()
-    now = time.time()
+    try:
+        make_folder(settings.state_dir, 0o755)
+    except OSError as error:
+        raise host_error(f"make {settings.state_dir}", error) from error
+    state, now = State(settings.state_dir, ()), time.time()
     until = None if seconds is None else now + seconds
     for name in names or ("*",):
         state.pauses[name] = Pause(reason, now, until)
@@ -119,7 +122,8 @@ def resume(settings: Settings, names: tuple[str, ...]) -> list[str]:
     for name in names or ("*",):
         what = "this host" if name == "*" else name
         lines.append(f"{what}: {'resumed' if state.pauses.pop(name, None) else 'was not paused'}")
-    state.save_pauses()
+    if any(line.endswith("resumed") for line in lines):
+        state.save_pauses()
     if state.pauses:
         still = ", ".join("the whole host" if name == "*" else name for name in state.pauses)
         lines.append(f"still paused: {still}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from bin_proxy.errors import CorruptDownload, HostError, ReleaseError, host_error
@@ -49,6 +50,8 @@ def stage(
     elsewhere = os.stat(settings.state_dir).st_dev != os.stat(slot.folder).st_dev
     try:
         watch(part)
+        if release.size is not None:
+            part.expect(release.size)
         if elsewhere:  # the backup is a copy there, and going back needs another here
             space.claim(f"{path}:backup", settings.state_dir, old_size)
             space.claim(f"{path}:restore", slot.folder, old_size)
@@ -68,6 +71,9 @@ def stage(
         part.finish()
     finally:
         part.close()
+        if not part.offset:
+            with suppress(HostError):
+                discard(path)
         space.free(f"{path}:backup")
         space.free(f"{path}:restore")
     if binary.verify:

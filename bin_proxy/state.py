@@ -278,7 +278,8 @@ class State:
             for folder in ("", "journal"):
                 with os.scandir(os.path.join(self.folder, folder)) as entries:
                     for stray in [entry.path for entry in entries if entry.name.endswith(".tmp")]:
-                        os.unlink(stray)
+                        if not stray.endswith("/pauses.json.tmp"):  # an operator may be writing it right now
+                            os.unlink(stray)
         except OSError as error:
             raise host_error(f"use the state folder {self.folder}", error) from error
 
