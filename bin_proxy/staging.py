@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from bin_proxy.errors import CorruptDownload, HostError, ReleaseError, host_error
+from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, host_error
 from bin_proxy.manifest import Binary
 from bin_proxy.part import Part, Space
 from bin_proxy.process import run
@@ -57,10 +57,6 @@ def stage(
             space.claim(f"{path}:restore", slot.folder, old_size)
         try:
             _fill(part, binary, release, api)
-        except HostError:
-            if part.total is None:  # of unknown size: what has come would only keep the disk full
-                discard(path)
-            raise
         except CorruptDownload:
             discard(path)
             newest = api.latest(binary)
@@ -69,11 +65,14 @@ def stage(
             raise
         whole()
         part.finish()
-    finally:
-        part.close()
-        if not part.offset:
+    except BinProxyError as error:
+        # Nothing is worth keeping, or it is of unknown size and would only keep the disk full.
+        if not part.offset or (part.total is None and isinstance(error, HostError)):
             with suppress(HostError):
                 discard(path)
+        raise
+    finally:
+        part.close()
         space.free(f"{path}:backup")
         space.free(f"{path}:restore")
     if binary.verify:
