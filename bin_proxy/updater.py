@@ -182,20 +182,15 @@ class Updater:
         return self._undo(record, binary)
 
     def _undo(self, record: Record, binary: Binary) -> Result:
-        failed = Result(record.name, "failed", False, record.old, record.new, kind="host")
+        so_far = "the previous release cannot be restored"
         try:
             self._restore(record)
-        except (OSError, HostError) as error:
-            return self._unresolved(failed, f"{record.reason}; and the previous release cannot be restored: {error}")
-        try:
+            so_far = "the previous release is restored, but its service is not"
             came_back, words = self._resume(record, binary)
-        except HostError as error:
-            return self._unresolved(failed, f"{record.reason}; the previous release is restored, but: {error}")
+        except (OSError, HostError) as error:
+            words = f"{record.reason}; {so_far}: {error}; the next run goes on with it"
+            return Result(record.name, "failed", False, record.old, record.new, error=words, kind="roll-back")
         return self._conclude(record, came_back, words)
-
-    def _unresolved(self, failed: Result, words: str) -> Result:
-        self._log(f"{failed.name}: roll-back not finished: {words}")
-        return replace(failed, error=f"{words}; the next run goes on with it", kind="roll-back")
 
     def _restore(self, record: Record) -> None:
         on_disk = inspect(record.target, None).md5
@@ -235,13 +230,8 @@ class Updater:
     def _conclude(self, record: Record, came_back: bool | None, words: str) -> Result:
         memory, now = self._state.memory(record.name), time.time()
         strikes = memory.strikes.get(record.new, 0)
-        verdict = plan.judge(
-            record.fault,
-            had_previous=record.old is not None,
-            healthy_before=record.healthy,
-            came_back=came_back,
-            strikes=strikes,
-        )
+        had = {"had_previous": record.old is not None, "healthy_before": record.healthy}
+        verdict = plan.judge(record.fault, **had, came_back=came_back, strikes=strikes)
         plan.leave(memory, record.new, now)
         if verdict == "hold":
             memory.hold(record.new, record.reason, now, "failure")
@@ -249,20 +239,19 @@ class Updater:
             memory.strikes[record.new] = strikes + 1
         if came_back is False:
             memory.unwell = Unwell(record.new, 1, now + plan.growing_pause(1), record.reason)
-        memory.down = (
-            [] if came_back else list(record.processes) if came_back is False or record.old is None else memory.down
-        )
+        if came_back is False or record.old is None:
+            memory.down = list(record.processes)
+        elif came_back:
+            memory.down = []
         memory.parts, memory.seen = [], {}
         kind = "restart" if came_back is False else "release" if verdict == "hold" else "host"
-        what_now = (
-            f"; held: bin-proxy sync --only {record.name} --retry-held tries it again" if verdict == "hold" else ""
-        )
+        tries = f"; held: bin-proxy sync --only {record.name} --retry-held tries it again"
+        what_now = tries if verdict == "hold" else ""
         failed = f"release {short(record.new)} failed: " if record.new != record.old else ""
         error = f"{failed}{record.reason}; {words}{what_now}"
         seconds = now - record.since
-        self._log(
-            f"{record.name}: rolled back {record.new} -> {record.old or '-'}, {seconds:.1f} s: {record.reason}; {words}"
-        )
+        what = f"rolled back {record.new} -> {record.old or '-'}, {seconds:.1f} s"
+        self._log(f"{record.name}: {what}: {record.reason}; {words}")
         result = Result(record.name, "rolled-back", False, record.old, record.new, seconds, error, kind)
         return self._close(record, Slot(record.target, None, record.old), result)
 
@@ -296,12 +285,9 @@ class Updater:
             return None
         slot = inspect(binary.path, None)
         processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
-        record = Record(name, slot.target, slot.md5, slot.md5 or "", 0, processes, True, False, "sync", time.time())
-        record.phase, record.fault, record.reason = (
-            "rolling-back",
-            "host",
-            "the record of an interrupted update could not be read",
-        )
+        reason = "the record of an interrupted update could not be read"
+        since = (True, False, "sync", time.time(), "rolling-back", "host", reason)
+        record = Record(name, slot.target, slot.md5, slot.md5 or "", 0, processes, *since)
         self._state.write_record(record)
         return record
 
@@ -311,9 +297,9 @@ class Updater:
             record.processes = {name: pid for name, pid in record.processes.items() if name in known}
         slot = inspect(record.target, None)
         step = plan.decide_recovery(record, slot.md5, untouched=self._is_untouched(record, slot))
-        self._log(f"{record.name}: an update to {record.new} was interrupted: {step}")
         self._tell(f"{record.name}: an update to {short(record.new)} was interrupted: {step}")
         if step == "forget":
+            self._log(f"{record.name}: an update to {record.new} was interrupted before it changed anything")
             self._prune(record, slot)
             self._state.close_record(record.name)
             return None
@@ -323,9 +309,7 @@ class Updater:
             record.old = record.new = str(slot.md5)
         if record.phase == "activating":
             record.phase, record.fault = "rolling-back", "host"
-            record.reason = (
-                "it was interrupted" if step == "undo" else "it was interrupted, and another file was put there"
-            )
+            record.reason = "it was interrupted" + (", and another file was put there" if step == "check" else "")
             self._state.write_record(record)
         return self._undo(record, binary)
 
