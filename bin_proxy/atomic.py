@@ -95,8 +95,14 @@ def copy_attributes(source: str, fd: int) -> None:
             os.setxattr(fd, name, value)
 
 
+def temporary_of(path: str) -> str:
+    """The name under which `path` is written before it is renamed; no other program would choose it."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.bin-proxy.tmp")
+
+
 def write_atomically(path: str, data: bytes, *, durable: bool = True, like: str | None = None) -> None:
-    """Replace `path` by a file with the bytes `data`, by way of `path`.tmp.
+    """Replace `path` by a file with the bytes `data`, by way of `temporary_of` it.
 
     Args:
         path: the file; a symbolic link is replaced, not followed.
@@ -107,7 +113,7 @@ def write_atomically(path: str, data: bytes, *, durable: bool = True, like: str 
     Raises:
         OSError: nothing was replaced, or (from the folder's fsync) it was and may not survive a power loss.
     """
-    temporary = f"{path}.tmp"
+    temporary = temporary_of(path)
     try:
         fd = create_private(temporary)
         try:

@@ -44,11 +44,15 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield True, f"manifest: {settings.manifest} names {len(binaries)} binaries"
     yield from _state(settings)
     yield _try("log", lambda: _log(settings.log_file))
+    told = set()
     for folder in sorted({os.path.dirname(os.path.realpath(binary.path)) for binary in binaries}):
-        yield _try("folder", partial(_space, folder))
+        found = _try("folder", partial(_space, folder))
+        told |= set() if found[0] else {folder}
+        yield found
     for binary in binaries:
         found = _try(binary.name, partial(locate, binary.path))
-        if not found[0]:
+        if not found[0] and os.path.dirname(os.path.realpath(binary.path)) not in told:
+            told.add(found[1])
             yield found
     if is_plain_http_elsewhere(settings.api):
         yield False, "bin-manager: asked over plain http, so anyone on the way may alter a release: use https"
@@ -60,11 +64,15 @@ def examine(settings: Settings) -> Iterator[Finding]:
     for binary in binaries:
         yield _try(f"bin-manager: {binary.name}", partial(_release, api, binary))
     if not settings.supervisorctl:
-        yield not any(binary.services for binary in binaries), "supervisor: no supervisorctl on this host"
+        yield (
+            not any(binary.services for binary in binaries),
+            "supervisor: no supervisorctl on this host: install it where a service is to be restarted",
+        )
     for row in survey(settings, binaries, offline=True)["binaries"]:
         service = row["service"]
         if (service and service["state"] is None) or (row["error"] and not service):
-            yield False, f"{row['name']}: {row['error']}"
+            if f"{row['name']}: {row['error']}" not in told and os.path.dirname(row["path"]) not in told:
+                yield False, f"{row['name']}: {row['error']}"
         elif service:
             bad = service["state"] in ("FATAL", "BACKOFF", "EXITED", "UNKNOWN")
             hint = f": supervisorctl tail {service['name']}" if bad else ""

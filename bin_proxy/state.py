@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from bin_proxy.atomic import fsync_folder, make_folder, write_atomically
+from bin_proxy.atomic import fsync_folder, make_folder, temporary_of, write_atomically
 from bin_proxy.errors import host_error
 from bin_proxy.manifest import parse_json
 
@@ -278,7 +278,9 @@ class State:
             for folder in ("", "journal"):
                 with os.scandir(os.path.join(self.folder, folder)) as entries:
                     for stray in [entry.path for entry in entries if entry.name.endswith(".tmp")]:
-                        if not stray.endswith("/pauses.json.tmp"):  # an operator may be writing it right now
+                        if stray != temporary_of(
+                            os.path.join(self.folder, "pauses.json")
+                        ):  # an operator may be writing it right now
                             os.unlink(stray)
         except OSError as error:
             raise host_error(f"use the state folder {self.folder}", error) from error

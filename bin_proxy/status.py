@@ -132,6 +132,8 @@ def _row(
         service, words = _service(binary, listing, slot)
     except HostError as error:
         errors.append(str(error))
+    if not settings.supervisorctl and binary.services:
+        errors.append(f"there is no supervisorctl for {', '.join(binary.services)}: install it, or set SUPERVISORCTL")
     if isinstance(listing, HostError) and binary.services != ():
         errors.append(str(listing))
     if isinstance(answer, BinProxyError):
@@ -215,7 +217,9 @@ def render(found: dict[str, Any], *, offline: bool, width: int) -> list[str]:
         lines += [f"{row['name']}: {line}" for line in _advice(row)]
     last = found["lastSync"]
     ago = f"{_ago(datetime.fromisoformat(last['at']).timestamp())} ago ({_plain(last['at'])})" if last else ""
-    lines.append(f"last sync: {ago}, exit {last['exitCode']}" if last else "last sync: none yet")
+    lines.append(
+        f"last sync: {ago}, exit {last['exitCode']}" if last else "last sync: none yet: does cron run bin-proxy sync?"
+    )
     return [part for line in lines for part in _wrap(line, width)]
 
 
@@ -273,6 +277,8 @@ def _advice(row: dict[str, Any]) -> list[str]:
         lines.append(f"to try it again: bin-proxy sync --only {name} --retry-held")
     elif row["error"]:
         lines.append(str(row["error"]))
+    elif row["state"] in ("missing", "outdated") and not row["retryAt"]:
+        lines.append(f"the next sync installs {row['latestMd5'][:8]}; now: bin-proxy sync --only {name}")
     if row["retryAt"]:
         lines.append(f"tried again at {_plain(row['retryAt'])}; now: bin-proxy sync --only {name} --retry-held")
     if row["state"] == "interrupted":

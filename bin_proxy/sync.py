@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from dataclasses import dataclass, replace
 
 from bin_proxy import plan
+from bin_proxy.atomic import temporary_of
 from bin_proxy.bin_manager import BinManager, Release
 from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, Unreachable
 from bin_proxy.guard import Signals
@@ -77,6 +79,7 @@ class Sync:
         if not self._options.dry_run:
             self.state.prepare()
             self.troubles += self.state.set_aside()
+            discard(temporary_of(os.path.realpath(self._settings.manifest)))
             self._recover()
         for binary in self._selected:
             self._begin(binary)
@@ -257,12 +260,12 @@ class Sync:
         """Keep what the next run wants to know, and let the manifest tell what is on the disk."""
         if self._options.dry_run:
             return
-        stale = {
-            binary.name: str(result.to_md5)
-            for binary in self._selected
-            if (result := self.results[binary.name]).outcome == "current"
-            and binary.reported not in (None, result.to_md5)
-        }
+        stale = {}
+        for binary in self._selected:
+            result = self.results[binary.name]
+            on_disk = result.from_md5 or ""
+            if result.outcome in ("current", "held", "waiting") and binary.reported not in (None, on_disk):
+                stale[binary.name] = on_disk
         try:
             try:
                 if stale:

@@ -343,10 +343,10 @@ def test_a_reboot_half_way(moment: str) -> None:
 
 QUOTA = {
     "the download": ("bin/.manager.{md5}.part", "manager: .*[Qq]uota"),
-    "the record": ("state/journal/manager.json.tmp", "manager: .*[Qq]uota"),
-    "the memory": ("state/state.json.tmp", "[Qq]uota"),
-    "the manifest": ("manifest.json.tmp", "[Qq]uota"),
-    "the cache": ("state/cache.json.tmp", "[Qq]uota"),
+    "the record": ("state/journal/.manager.json.bin-proxy.tmp", "manager: .*[Qq]uota"),
+    "the memory": ("state/.state.json.bin-proxy.tmp", "[Qq]uota"),
+    "the manifest": (".manifest.json.bin-proxy.tmp", "[Qq]uota"),
+    "the cache": ("state/.cache.json.bin-proxy.tmp", "[Qq]uota"),
 }
 
 

@@ -331,17 +331,17 @@ def test_a_download_under_way_is_root_s_alone(tool: Host) -> None:
 
 PLACES = {
     "part": f"bin/{PART}",
-    "manifest": "manifest.json.tmp",
-    "state": "state/state.json.tmp",
-    "cache": "state/cache.json.tmp",
-    "running": "state/running.json.tmp",
+    "manifest": ".manifest.json.bin-proxy.tmp",
+    "state": "state/.state.json.bin-proxy.tmp",
+    "cache": "state/.cache.json.bin-proxy.tmp",
+    "running": "state/.running.json.bin-proxy.tmp",
     "running itself": "state/running.json",
     "cache itself": "state/cache.json",
-    "journal": "state/journal/tool.json.tmp",
+    "journal": "state/journal/.tool.json.bin-proxy.tmp",
     "backup": f"state/backups/tool/{md5(V1)}.tmp",
     "backup itself": f"state/backups/tool/{md5(V1)}",
-    "pauses": "state/pauses.json.tmp",
-    "metrics": "bin-proxy.prom.tmp",
+    "pauses": "state/.pauses.json.bin-proxy.tmp",
+    "metrics": ".bin-proxy.prom.bin-proxy.tmp",
     "metrics itself": "bin-proxy.prom",
 }
 
