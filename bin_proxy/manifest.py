@@ -97,7 +97,7 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
             file = entry.get("path", os.path.join(settings.bin_dir, name))
             real = os.path.realpath(file) if _is_text(file) else ""
             found += ["its name stands twice"] if name in seen else []
-            found += [f"it shares the file {real} with {seen[real]}"] if real in seen else []
+            found += [f"it shares the file {real} with {seen[real]}"] if seen.get(real, name) != name else []
             seen |= {name: name, real: name} if real else {name: name}
         if found:
             faults += [f"{where}: {fault}" for fault in found]

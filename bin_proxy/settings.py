@@ -223,7 +223,7 @@ def untrusted(path: str) -> list[str]:
     """
     kind = os.stat(path).st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISCHR(kind):  # a pipe would be waited for without end
-        return [f"{path} is not a regular file"]
+        return [f"{path} cannot be read: it is not a regular file"]
     if os.geteuid() != 0 or stat.S_ISCHR(kind):
         return []
     trusted = {0, int(os.environ["SUDO_UID"]) if os.environ.get("SUDO_UID", "").isdecimal() else os.getuid()}

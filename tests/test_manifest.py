@@ -266,8 +266,8 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
     for key in [*keys, "currentMd5"]:
         assert [fault for fault in faults if "binaries[0]" in fault and f": {key} must" in fault], key
     assert [fault for fault in faults if "binaries[1]" in fault]
-    assert [fault for fault in faults if "twice stands twice" in fault]
-    assert [fault for fault in faults if "share the file /elsewhere" in fault]
+    assert [fault for fault in faults if "its name stands twice" in fault]
+    assert [fault for fault in faults if "shares the file /elsewhere" in fault]
     assert [fault for fault in faults if "binaries[5]" in fault]
     assert len(faults) == 13
 
