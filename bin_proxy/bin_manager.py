@@ -180,7 +180,8 @@ class BinManager:
 
         def fetch() -> None:
             start = part.offset
-            headers = {"Range": f"bytes={start}-"} if start else {}
+            # For a cache in between: the path is the same for every release of that version.
+            headers = {"X-Release-MD5": release.md5, **({"Range": f"bytes={start}-"} if start else {})}
             with self._get(f"releases/{binary.version}/{binary.name}/download", headers) as response:
                 if response.status_code == 416:
                     part.restart()

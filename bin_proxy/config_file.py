@@ -25,6 +25,8 @@ class Assignment:
 
 @dataclass
 class _Word:
+    """One word, unquoted."""
+
     text: str = ""
     literal: bool = True
     plain_name: bool = True  # nothing before the first = is quoted, which would make it a command for a shell
@@ -32,6 +34,8 @@ class _Word:
 
 @dataclass
 class _Command:
+    """One simple command."""
+
     line: int
     words: list[_Word] = field(default_factory=list)
     alone: bool = True  # neither in a pipe or list, nor in the background

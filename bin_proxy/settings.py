@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from bin_proxy.config_file import parse_config
 from bin_proxy.errors import UsageError
 
 DEFAULT_CONFIG = "/etc/bin-proxy/config"
@@ -176,6 +175,8 @@ def _read_config(path: str, must_exist: bool, faults: list[str]) -> tuple[dict[s
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}")
         return {}, False
+    from bin_proxy.config_file import parse_config  # many hosts have none
+
     found = {entry.name: (entry.value, entry.line) for entry in parse_config(text)}
     return {name: value for name, value in found.items() if name in TABLE or _EXPORTED.fullmatch(name)}, True
 

@@ -161,11 +161,15 @@ class Cache:
 
 @dataclass
 class _Memories:
+    """state.json."""
+
     memories: dict[str, Memory] = field(default_factory=dict)
 
 
 @dataclass
 class _Pauses:
+    """pauses.json."""
+
     pauses: dict[str, Pause] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from bin_proxy import plan
+from bin_proxy.atomic import fsync_folder
 from bin_proxy.errors import BinProxyError, HostError, ReleaseError, Stuck, host_error
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
@@ -194,10 +195,10 @@ class Updater:
 
     def _restore(self, record: Record) -> None:
         on_disk = inspect(record.target, None).md5
-        if on_disk == record.old:
-            return
-        if record.old is None:
-            os.unlink(record.target)
+        if record.old is None or on_disk == record.old:
+            if on_disk != record.old:
+                os.unlink(record.target)
+            fsync_folder(os.path.dirname(record.target))  # a run that was killed may not have come to it
             return
         part = part_path(record.target, record.name, record.old)
         self._backups.stage(record.name, record.old, part)
