@@ -175,8 +175,7 @@ class BinManager:
             Unreachable, BinManagerError: the download did not end; what came is in the part.
             BinProxyError: what the part raised.
         """
-        settings = self._settings
-        deadline = time.monotonic() + settings.download_timeout
+        deadline = time.monotonic() + self._settings.download_timeout
 
         def fetch() -> None:
             start = part.offset
@@ -200,25 +199,22 @@ class BinManager:
                         Unreachable(f"bin-manager at {self._where} closed the connection in the middle of a download")
                     )
 
-        while True:
-            before = part.offset
-            try:
-                self._retrying(fetch, deadline)
-                return
-            except Unreachable:
-                if part.offset <= before or time.monotonic() >= deadline:
-                    raise
+        self._retrying(fetch, deadline, lambda: part.offset)
 
-    def _retrying(self, action: Callable[[], _T], deadline: float) -> _T:
+    def _retrying(self, action: Callable[[], _T], deadline: float, progress: Callable[[], int] = lambda: 0) -> _T:
+        """Call `action` until it succeeds; give up after a few failures in a row between which nothing progressed."""
         if self._down:
             raise self._down
-        for attempt in range(_TRIES):
+        failures, seen = 0, progress()
+        while True:
             try:
                 return action()
             except _Retry as retry:
-                pause = max(retry.after, 0.3 * 2**attempt)
+                failures = 1 if progress() > seen else failures + 1
+                seen = progress()
+                pause = max(retry.after, 0.15 * 2**failures)
                 too_long = pause > self._settings.http_timeout or time.monotonic() + pause > deadline
-                if attempt == _TRIES - 1 or too_long:
+                if failures == _TRIES or too_long:
                     if retry.common:
                         self._down = retry.error
                     raise self._redacted(retry.error) from None
@@ -226,7 +222,6 @@ class BinManager:
                 time.sleep(pause)
             except BinManagerError as error:
                 raise self._redacted(error) from None
-        raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
     def _get(self, path: str, headers: dict[str, str]) -> Iterator[requests.Response]:

@@ -18,7 +18,7 @@ import click
 from bin_proxy import __version__
 from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean, host_error
 from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.settings import TABLE, Settings, load_settings
+from bin_proxy.settings import TABLE, Settings, load_settings, number
 
 _EPILOG = f"""A setting may come from an option, the environment or the config file (NAME=value
 lines), the first that names it counts: {", ".join(TABLE)}.
@@ -78,6 +78,17 @@ def _complete(context: click.Context, parameter: click.Parameter, incomplete: st
         return []
 
 
+class _Seconds(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """A number of seconds, up to a week."""
+        try:
+            return number(0, 604800)(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 _only = click.option(
     "--only", multiple=True, metavar="NAME", shell_complete=_complete, help="Only this binary; may be repeated."
 )
@@ -87,10 +98,10 @@ _only = click.option(
 @_only
 @click.option("--dry-run", is_flag=True, help="Say what would happen and why; change nothing.")
 @click.option("--retry-held", is_flag=True, help="Try releases that are held or wait, too.")
-@click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait for another sync to end.")
+@click.option("--wait", type=_Seconds(), default=0.0, metavar="SECONDS", help="Wait for another sync to end.")
 @click.option(
     "--splay",
-    type=click.FloatRange(0),
+    type=_Seconds(),
     default=0.0,
     metavar="SECONDS",
     help="Begin an update at this host's own moment within so many seconds.",

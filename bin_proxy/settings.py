@@ -72,16 +72,18 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
+def number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
+    """A parser of numbers, or of whole numbers, from `least` to `most`; it raises ValueError."""
+
     def parse(value: str) -> float:
         try:
-            number = kind(value)
+            found = kind(value)
         except ValueError:
-            number = math.nan
-        if not least <= number <= most:
+            found = math.nan
+        if not least <= found <= most:
             what = "a whole number" if kind is int else "a number of seconds"
             raise ValueError(f"must be {what} from {least:g} to {most:g}, not {value[:40]!r}")
-        return number
+        return found
 
     return parse
 
@@ -93,7 +95,7 @@ def _command(value: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-_timeout = _number(0.05, 604800)
+_timeout = number(0.05, 604800)
 
 # name: (field, default, parser)
 TABLE: dict[str, tuple[str, str, Callable[[str], Any]]] = {
@@ -110,12 +112,12 @@ TABLE: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "BIN_MANAGER_CLIENT_KEY": ("client_key", "", _path),
     "HTTP_TIMEOUT": ("http_timeout", "10", _timeout),
     "DOWNLOAD_TIMEOUT": ("download_timeout", "600", _timeout),
-    "MAX_DOWNLOAD_MIB": ("max_download_mib", "4096", _number(1, 1 << 24, int)),
+    "MAX_DOWNLOAD_MIB": ("max_download_mib", "4096", number(1, 1 << 24, int)),
     "RESTART_TIMEOUT": ("restart_timeout", "120", _timeout),
-    "MIN_HEALTHY_SECONDS": ("min_healthy", "5", _number(0, 86400)),
+    "MIN_HEALTHY_SECONDS": ("min_healthy", "5", number(0, 86400)),
     "HEALTH_TIMEOUT": ("health_timeout", "60", _timeout),
-    "BACKUPS_KEEP": ("backups_keep", "3", _number(0, 1000, int)),
-    "JOBS": ("jobs", "8", _number(1, 256, int)),
+    "BACKUPS_KEEP": ("backups_keep", "3", number(0, 1000, int)),
+    "JOBS": ("jobs", "8", number(1, 256, int)),
     "METRICS_FILE": ("metrics_file", "", _path),
 }
 

@@ -96,14 +96,16 @@ def _fill(part: Part, binary: Binary, release: Release, api: BinManager) -> None
 def _verify(binary: Binary, path: str, md5: str) -> None:
     assert binary.verify
     try:
-        os.chmod(path, 0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # the command may put a link in its place
         try:
+            os.fchmod(fd, 0o700)
             done = run([word.replace("{file}", path) for word in binary.verify], binary.health_timeout)
+            os.fchmod(fd, 0o600)
         finally:
-            os.chmod(path, 0o600)
+            os.close(fd)
     except OSError as error:
         raise host_error(f"verify {path}", error) from error
-    if inspect(path, None).md5 != md5:
+    if os.path.islink(path) or inspect(path, None).md5 != md5:
         discard(path)
         raise ReleaseError(f"verifyCommand {binary.verify[0]} changed the file that it was to verify")
     if done.code is None:
