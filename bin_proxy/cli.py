@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,8 @@ def sync(
     Download, verify, back up, swap, restart, watch; if the service does not stay up, the previous release comes back.
 
     \b
-    Exit codes: 0 all is where it should be, 1 something is not, 2 usage, settings or manifest,
-    75 another sync is under way.
+    Exit codes: 0 all is where it should be, 1 something is not,
+    2 usage, settings or manifest, 75 another sync is under way.
 
     \b
     Examples:
@@ -235,7 +235,7 @@ def pause(context: Context, names: tuple[str, ...], reason: str, duration: str |
 
     settings = context.settings()
     _manifest(settings, names)
-    seconds = operator.parse_duration(duration) if duration else None
+    seconds = None if duration is None else operator.parse_duration(duration)
     for line in operator.pause(settings, names, reason, seconds):
         click.echo(clean(line))
     return 0
@@ -333,6 +333,8 @@ def main() -> None:
 
         kill_all()
         code = 128 + error.signum
-    with suppress(OSError):
+    try:
         sys.stdout.flush()
+    except OSError:  # nobody reads any more; the interpreter would try again at its end, and exit 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -42,8 +42,8 @@ class Signals:
             yield
         finally:
             self._held = False
-        if self._came is not None:
-            raise Interrupted(self._came)
+            if self._came is not None:
+                raise Interrupted(self._came)
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
     except Timeout:
         raise Busy(running_since(state_dir)) from None
     except (OSError, NotImplementedError) as error:
-        raise host_error(f"lock {state_dir}", OSError(getattr(error, "errno", 0), str(error))) from error
+        raise host_error(f"lock {state_dir}", error if isinstance(error, OSError) else OSError(str(error))) from error
     try:
         with suppress(OSError):  # it only tells others since when
             write_atomically(holder, json.dumps({"pid": os.getpid(), "since": time.time()}).encode(), durable=False)

@@ -52,7 +52,7 @@ def roll_back(
         slot = inspect(binary.path, None)
         kept = [md5 for md5 in updater.backups_of(binary.name) if md5 != slot.md5]
         there = f"kept are: {', '.join(kept)}" if kept else "no other release is kept"
-        matching = [md5 for md5 in kept if md5.startswith(to.lower())] if to else kept[:1]
+        matching = [md5 for md5 in kept if md5.startswith(to.lower())] if to else [] if to == "" else kept[:1]
         if len(matching) != 1:
             raise UsageError(f"{binary.name} cannot go back{f' to {to}' if to else ''}: {there}")
         updater.preflight(binary, slot)

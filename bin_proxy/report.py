@@ -8,7 +8,6 @@ import stat
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from bin_proxy.part import Part
 
 _HOUR = 3600.0
+_LOG_KEY = "* LOG_FILE"
 
 
 class Report:
@@ -39,7 +39,7 @@ class Report:
         self._fd: int | None = None
         self._bar: Any = None
         self._seen: dict[str, Part] = {}
-        self.log_trouble: str | None = None
+        self.log_trouble = ""
 
     def log(self, line: str) -> None:
         """Append a line to LOG_FILE; where that fails, it is remembered as `log_trouble` and the work goes on."""
@@ -54,7 +54,7 @@ class Report:
     def tell(self, line: str) -> None:
         """Say what is going on to a person who watches."""
         if (self._terminal and self._verbose >= 0) or self._verbose > 0:
-            self.progress([])
+            self._erase_bar()
             _echo(line)
 
     def progress(self, parts: list[Part]) -> None:
@@ -62,8 +62,7 @@ class Report:
         if not self._terminal or self._verbose < 0:
             return
         if not parts:
-            if self._bar:
-                self._bar.render_finish()
+            self._erase_bar()
             self._bar, self._seen = None, {}
             return
         self._seen |= {part.path: part for part in parts}
@@ -71,16 +70,19 @@ class Report:
         total = max(1, done, sum(part.total or 0 for part in self._seen.values()))
         if self._bar is None:
             self._bar = click.progressbar(length=total, label="downloading", width=0, show_pos=False)
-            self._bar.render_progress()
         self._bar.length = total
         self._bar.update(done - self._bar.pos)
+
+    def _erase_bar(self) -> None:
+        if self._bar:
+            click.echo("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", nl=False)
 
     def detail(self, line: str) -> None:
         """Say a detail to a person who asked for details."""
         if self._verbose > 0:
             _echo(line, err=True)
 
-    def troubles(self, results: Iterable[Result], others: Iterable[str], cache: Cache, now: float) -> None:
+    def troubles(self, results: list[Result], others: list[str], cache: Cache, now: float) -> None:
         """Tell each trouble once, log it hourly, and log its end; one cause that strikes many is one line.
 
         Args:
@@ -89,30 +91,48 @@ class Report:
             cache: holds what was told before; updated.
             now: Unix time.
         """
-        results = list(results)
-        current = {f"{r.name} {r.kind} {r.to_md5 or ''}": (r.name, r.error or "") for r in results if not r.well}
-        current |= {f"* {text.split(':')[0]}": ("", text) for text in others}
-        logged_already = {f"{r.name} {r.kind} {r.to_md5 or ''}" for r in results if r.outcome == "rolled-back"}
         told: dict[str, list[str]] = {}
         logged: dict[str, list[str]] = {}
-        for key, (name, text) in current.items():
+        before = dict(cache.troubles)
+        watched = self._terminal or self._verbose > 0
+
+        def note(key: str, name: str, text: str, *, log: bool = True) -> None:
             since, at, _ = cache.troubles.get(key, [now, 0.0, ""])
-            fresh = key not in cache.troubles
-            if fresh or self._terminal or self._verbose > 0:
+            if key not in before or watched:
                 told.setdefault(text, []).append(name)
-            if (fresh and key not in logged_already) or (not fresh and abs(now - float(at)) >= _HOUR):
-                logged.setdefault(text, []).append(name)
-            if fresh or text in logged:
+            if key not in before or abs(now - float(at)) >= _HOUR:
                 at = now
+                if log:
+                    logged.setdefault(text, []).append(name)
+            current.add(key)
             cache.troubles[key] = [since, at, text]
+
+        current: set[str] = set()
+        for result in results:
+            if not result.well:
+                fresh_line = result.outcome != "rolled-back"  # that was logged when it happened
+                note(
+                    f"{result.name} {result.kind} {result.to_md5 or ''}",
+                    result.name,
+                    result.error or "",
+                    log=fresh_line,
+                )
+        for text in others:
+            note(f"* {text.split(':')[0]}", "", text)
         looked_at = {result.name for result in results} | {"*"}
-        for key in [key for key in cache.troubles if key.split(" ")[0] in looked_at and key not in current]:
+        troubled = {key.split(" ")[0] for key in current}
+        for key in [key for key in before if key.split(" ")[0] in looked_at and key not in current]:
+            if key == _LOG_KEY and self._fd is None:
+                continue  # nothing was logged, so nobody knows whether it is over
             since, _, was = cache.troubles.pop(key)
-            if not any(other.split(" ")[0] == key.split(" ")[0] for other in current):
-                name = key.split(" ")[0].replace("*", "bin-proxy")
-                self.log(f"{name}: over after {max(0.0, now - float(since)) / 60:.0f} min: {was}")
+            name = key.split(" ")[0]
+            if name not in troubled:
+                minutes = max(0.0, now - float(since)) / 60
+                self.log(f"{name.replace('*', 'bin-proxy')}: over after {minutes:.0f} min: {was}")
         for text, names in logged.items():
             self.log(_line(names, text))
+        if self.log_trouble:
+            note(_LOG_KEY, "", self.log_trouble, log=False)
         for text, names in told.items():
             _echo(f"bin-proxy: {_line(names, text)}", err=True)
 

@@ -79,7 +79,7 @@ class Sync:
         if not self._options.dry_run:
             self.state.prepare()
             self.troubles += self.state.set_aside()
-            discard(temporary_of(os.path.realpath(self._settings.manifest)))
+            self._tidy_manifest()
             self._recover()
         for binary in self._selected:
             self._begin(binary)
@@ -108,6 +108,14 @@ class Sync:
                 if name not in self._binaries and memory.parts:
                     self._drop_parts(memory, keep=None)
 
+    def _tidy_manifest(self) -> None:
+        left_behind = temporary_of(os.path.realpath(self._settings.manifest))
+        try:
+            if os.path.lexists(left_behind):
+                discard(left_behind)
+        except HostError as error:
+            self.troubles.append(str(error))
+
     def _drop_parts(self, memory: Memory, keep: str | None) -> None:
         try:
             for part in [part for part in memory.parts if part != keep]:
@@ -117,8 +125,10 @@ class Sync:
             self.troubles.append(str(error))
 
     def _begin(self, binary: Binary) -> None:
-        if binary.name in self.state.records and not self._options.dry_run:
-            self._end(self._recovered[binary.name])
+        if binary.name in self.state.records:
+            why = "an update was interrupted: the next sync finishes or undoes it first"
+            unfinished = Result(binary.name, "waiting", False, kind="recovery", error=why, note=why)
+            self._end(unfinished if self._options.dry_run else self._recovered[binary.name])
         elif not self._is_paused(binary):
             self._workers.submit((self._looked, binary), math.inf, lambda job: self._look(job, binary))
 
@@ -292,8 +302,7 @@ class Sync:
         """
         code, now, cache = exit_code(results, self.troubles), time.time(), self.state.cache
         cache.last_sync = [now, float(code)]
-        trouble_of_log = [self._report.log_trouble] if self._report.log_trouble else []
-        self._report.troubles(results, [*self.troubles, *trouble_of_log], cache, now)
+        self._report.troubles(results, self.troubles, cache, now)
         try:
             self.state.save_cache()
             if self._settings.metrics_file:
