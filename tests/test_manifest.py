@@ -221,8 +221,9 @@ def test_what_is_no_utf8_is_refused(tmp_path: Path, raw: bytes) -> None:
 def test_a_manifest_that_is_absent_or_a_folder_is_said(tmp_path: Path) -> None:
     """One line, no traceback."""
     for path in (tmp_path / "absent.json", tmp_path, tmp_path / "absent" / "m.json"):
-        with pytest.raises(UsageError, match="cannot be read"):
+        with pytest.raises(UsageError) as caught:
             load_manifest(load_settings({}, {"BIN_MANIFESTS": str(path)}))
+        assert len(caught.value.faults) == 1 and str(path) in str(caught.value)
 
 
 def test_no_two_entries_share_a_name(tmp_path: Path) -> None:
@@ -266,8 +267,8 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
     for key in [*keys, "currentMd5"]:
         assert [fault for fault in faults if "binaries[0]" in fault and f": {key} must" in fault], key
     assert [fault for fault in faults if "binaries[1]" in fault]
-    assert [fault for fault in faults if "its name stands twice" in fault]
-    assert [fault for fault in faults if "shares the file /elsewhere" in fault]
+    assert [fault for fault in faults if "stands twice" in fault and "binaries[3]" in fault]
+    assert [fault for fault in faults if "share" in fault and "/elsewhere" in fault and "binaries[4]" in fault]
     assert [fault for fault in faults if "binaries[5]" in fault]
     assert len(faults) == 13
 
@@ -275,15 +276,17 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
 def test_a_faulty_entry_does_not_hide_that_its_name_or_file_stands_twice(tmp_path: Path) -> None:
     """What is wrong between entries is listed together with what is wrong within one of them."""
     first = {"name": "a", "version": "no good"}
-    assert len(faults_of(tmp_path, {"binaries": [first, {"name": "a"}]})) == 2
-    assert len(faults_of(tmp_path, {"binaries": [first, {"name": "b", "path": "/opt/bin/a"}]})) == 2
+    for second, word in (({"name": "a"}, "twice"), ({"name": "b", "path": "/opt/bin/a"}, "share")):
+        faults = faults_of(tmp_path, {"binaries": [first, second]})
+        assert [fault for fault in faults if "version" in fault] and [fault for fault in faults if word in fault]
 
 
 def test_a_refused_manifest_is_exit_2_and_nothing_is_asked_or_touched(host: Host) -> None:
     """Refused whole: the entries without fault are not worked on either."""
     host.install("good", b"good 1")
     host.server.publish("good", b"good 2")
-    host.write_manifest({"name": "good", "service": False}, {"name": "bad/", "version": "1 2"}, {"name": "good"})
+    twice = {"name": "good", "path": "/elsewhere/good"}
+    host.write_manifest({"name": "good", "service": False}, {"name": "bad/", "version": "1 2"}, twice)
     before = {path: path.lstat().st_mtime_ns for path in host.root.rglob("*")}
     for arguments in (("sync",), ("sync", "--only", "good"), ("sync", "--dry-run"), ("sync", "--json")):
         done = host.run(*arguments)

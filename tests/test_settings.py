@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "client_key": "",
     "http_timeout": 10.0,
     "download_timeout": 600.0,
-    "max_download": 4096 * 1024 * 1024,
+    "max_download_mib": 4096,
     "restart_timeout": 120.0,
     "min_healthy": 5.0,
     "health_timeout": 60.0,
@@ -67,7 +67,7 @@ LEVELS: dict[str, tuple[str, list[str], list[Any]]] = {
     ),
     "HTTP_TIMEOUT": ("http_timeout", ["1", "2.5", "3"], [1.0, 2.5, 3.0]),
     "DOWNLOAD_TIMEOUT": ("download_timeout", ["1", "2.5", "3"], [1.0, 2.5, 3.0]),
-    "MAX_DOWNLOAD_MIB": ("max_download", ["1", "2", "3"], [1 << 20, 2 << 20, 3 << 20]),
+    "MAX_DOWNLOAD_MIB": ("max_download_mib", ["1", "2", "3"], [1, 2, 3]),
     "RESTART_TIMEOUT": ("restart_timeout", ["1", "2.5", "3"], [1.0, 2.5, 3.0]),
     "MIN_HEALTHY_SECONDS": ("min_healthy", ["0", "2.5", "3"], [0.0, 2.5, 3.0]),
     "HEALTH_TIMEOUT": ("health_timeout", ["1", "2.5", "3"], [1.0, 2.5, 3.0]),
@@ -178,8 +178,9 @@ def test_a_config_file_that_is_no_text_is_a_fault_or_ignored(tmp_path: Path, con
 
 def test_a_folder_in_the_place_of_the_config_file_is_said(tmp_path: Path) -> None:
     """Whatever is wrong with the file is one line."""
-    with pytest.raises(UsageError, match=r"config file .* cannot be read: Is a directory"):
+    with pytest.raises(UsageError) as caught:
         load_settings({"CONFIG": str(tmp_path)}, {})
+    assert len(caught.value.faults) == 1 and str(tmp_path) in str(caught.value)
 
 
 # Names that are not settings
@@ -234,13 +235,13 @@ BAD: dict[str, list[str]] = {
         *("localhost:8080", "ftp://h/", "http://", "http:///x", "http://h:port/", "http://h/?a=1", "http://h/#f"),
         *("http://h:99999/", "http://[::1/", "http://h/a b", "javascript:1", "http://h/\x00"),
     ],
-    "BIN_DIR": ["bin", "./bin", "/b\nin"],
+    "BIN_DIR": ["/b\nin"],
     "BIN_MANIFESTS": ["/m\x1b.json"],
     "LOG_FILE": ["/l\n"],
     "STATE_DIR": ["/s\x00"],
     "SUPERVISORCTL": ["'open", "   ", "/nowhere/supervisorctl", "no-such-program-anywhere -c x", "/etc/passwd", "/"],
     "BIN_MANAGER_TOKEN": ["two words", "new\nline", "ümlaut", "\x00"],
-    "BIN_MANAGER_TOKEN_FILE": ["/nowhere/token", "/"],
+    "BIN_MANAGER_TOKEN_FILE": ["/nowhere/token"],
     "BIN_MANAGER_CA_BUNDLE": ["/nowhere/ca.pem"],
     "BIN_MANAGER_CLIENT_CERT": ["/nowhere/cert.pem"],
     "BIN_MANAGER_CLIENT_KEY": ["/nowhere/key.pem", "/bin/true"],
@@ -275,7 +276,7 @@ def test_all_bad_values_are_listed(host: Host) -> None:
     """Exit 2, one line for each fault, from the environment and the file alike; nothing asked, nothing touched."""
     host.write_manifest({"name": "tool", "service": False})
     (host.root / "config").write_text("JOBS=many\nBACKUPS_KEEP=-1\nMAX_DOWNLOAD_MIB=$x\n")
-    done = host.sync(BIN_MANAGER_API="ftp://h", HTTP_TIMEOUT="soon", BIN_DIR="bin", SUPERVISORCTL="'open")
+    done = host.sync(BIN_MANAGER_API="ftp://h", HTTP_TIMEOUT="soon", BIN_DIR="/b\nin", SUPERVISORCTL="'open")
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     names = ["JOBS", "BACKUPS_KEEP", "MAX_DOWNLOAD_MIB", "BIN_MANAGER_API", "HTTP_TIMEOUT", "BIN_DIR", "SUPERVISORCTL"]
