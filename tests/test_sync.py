@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -55,6 +54,11 @@ def listing(host: Host) -> dict[str, Any]:
         data = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
         found[str(path)] = (status.st_mode, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, data)
     return found
+
+
+def unread(status: os.stat_result) -> list[int]:
+    """What reading a file does not change."""
+    return [status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def backups(host: Host, name: str) -> set[str]:
@@ -298,7 +302,7 @@ def test_a_file_whose_owner_cannot_be_given_is_not_replaced(host: Host) -> None:
     offer(host, "tool")
     subprocess.run(["chown", "-R", "1234:1234", str(host.root)], check=True)
     os.chown(host.bin / "tool", 0, 0)
-    before = (host.bin / "tool").stat()
+    before = unread((host.bin / "tool").stat())
     done = subprocess.run(
         ["setpriv", "--reuid=1234", "--regid=1234", "--clear-groups", *host.command("sync")],
         capture_output=True,
@@ -308,7 +312,7 @@ def test_a_file_whose_owner_cannot_be_given_is_not_replaced(host: Host) -> None:
         env=host.environment(SUPERVISORCTL="/bin/true"),
     )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert content(host, "tool") == b"tool1" and (host.bin / "tool").stat() == before
+    assert content(host, "tool") == b"tool1" and unread((host.bin / "tool").stat()) == before
     assert [stray for stray in host.strays() if not stray.endswith(".part")] == []
     assert host.outcomes() == {"tool": "updated"}
 
@@ -1039,7 +1043,7 @@ def later(host: Host, minutes: int, *arguments: str) -> subprocess.CompletedProc
     """Run a sync with a clock that is ahead."""
     require("faketime")
     return subprocess.run(
-        ["faketime", "-f", f"+{minutes}m", *host.command("sync", *arguments)],
+        ["faketime", "-f", f"{minutes:+d}m", *host.command("sync", *arguments)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -1156,43 +1160,37 @@ def test_names_that_the_terminal_cannot_show_are_no_traceback(host: Host, enviro
 
 
 def test_a_manifest_that_cannot_be_written_is_told_and_undoes_nothing(host: Host) -> None:
-    """The release is installed, the trouble is told once, and its end is told when it can be written."""
-    offer(host, "tool")
-    manifest = host.manifest_path.read_bytes()
-    obstacle = Path(f"{host.manifest_path}.tmp")
-    obstacle.mkdir()
-    done = host.sync()
-    assert len(done.stderr.splitlines()) == 1 and str(host.manifest_path) in done.stderr
-    assert content(host, "tool") == b"tool2" and host.manifest_path.read_bytes() == manifest
-    for _ in range(2):
-        assert host.sync().stderr == ""
-    assert host.server.downloads == 1
-    assert "over" not in host.log()
-    obstacle.rmdir()
-    assert host.sync().returncode == 0
-    assert host.reported("tool") == md5(b"tool2")
-
-
-def test_a_manifest_on_a_read_only_filesystem(host: Host) -> None:
-    """The same where configuration management mounts it read-only."""
+    """On a read-only filesystem: the release is installed, the trouble is told once, and in the end it is recorded."""
     offer(host, "tool")
     folder = host.root / "etc"
     with tmpfs(folder):
-        (folder / "m.json").write_bytes(host.manifest_path.read_bytes())
+        manifest = folder / "m.json"
+        manifest.write_bytes(host.manifest_path.read_bytes())
+        host.manifest_path = manifest
+        host.settings["BIN_MANIFESTS"] = str(manifest)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        done = host.sync(BIN_MANIFESTS=str(folder / "m.json"))
-        assert len(done.stderr.splitlines()) == 1 and "m.json" in done.stderr
+        done = host.sync()
+        assert len(done.stderr.splitlines()) == 1 and str(manifest) in done.stderr
         assert content(host, "tool") == b"tool2"
-        assert host.sync(BIN_MANIFESTS=str(folder / "m.json")).stderr == ""
+        for _ in range(2):
+            assert host.sync().stderr == ""
+        assert host.server.downloads == 1
+        assert "over" not in host.log()
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        done = host.sync()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert host.reported("tool") == md5(b"tool2")
+        assert "over" in host.log()
+        assert os.listdir(folder) == ["m.json"]
 
 
 def test_an_entry_without_currentmd5_is_updated_and_gains_nothing(host: Host) -> None:
     """A manifest that configuration management owns stays as it was, byte for byte and inode for inode."""
     offer(host, "tool")
     host.manifest_path.write_text('{"binaries":[{"name":"tool","service":false}]}')
-    before = host.manifest_path.stat()
+    before = unread(host.manifest_path.stat())
     assert host.outcomes() == {"tool": "updated"}
-    assert host.manifest_path.stat() == before
+    assert unread(host.manifest_path.stat()) == before
 
 
 def test_an_empty_manifest_is_well(host: Host) -> None:
@@ -1328,4 +1326,4 @@ def test_a_state_folder_that_cannot_be_had_is_one_line(host: Host) -> None:
     done = host.sync(STATE_DIR=str(host.root / "file" / "state"))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert content(host, "tool") == b"tool1" and host.server.requests == []
-    assert os.strerror(errno.ENOTDIR).lower() in done.stderr.lower()
+    assert str(host.root / "file") in done.stderr
