@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.host import Host, running_host
+from tests.sweep import SCENARIOS, Bench
 
 
 def require(*programs: str) -> None:
@@ -43,3 +44,15 @@ def manager_host() -> Iterator[Host]:
     """A host on which supervisord runs the program "manager", release v1, which is what bin-manager has, too."""
     with running_host("manager") as made:
         yield made
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """A host in the situation of that name (see tests/sweep.py) on which runs can be killed and calls fail."""
+    require("strace")
+    require_root()
+    made = Bench(SCENARIOS[request.param])
+    try:
+        yield made
+    finally:
+        made.close()

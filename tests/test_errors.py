@@ -1,0 +1,16 @@
+"""Any single system call that fails (disk full, I/O error, read-only, no permission) never breaks a host.
+
+What is drawn here with a fixed seed, `python -m tests.sweep --full --kind errors` does at every point.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sweep import SCENARIOS, Bench, try_some
+
+
+@pytest.mark.parametrize("bench", sorted(SCENARIOS), indirect=True)
+def test_a_system_call_that_fails_once_is_told_and_mended(bench: Bench) -> None:
+    """The path is whole, the line names the error, nothing good is held, and the next syncs converge."""
+    assert try_some(bench, "errors", 6) == 6
