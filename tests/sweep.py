@@ -158,7 +158,7 @@ while True:
     if seen != last:
         print(seen, flush=True)
         last = seen
-    time.sleep(0.002)
+    time.sleep(0.004)
 """
 
 
@@ -833,6 +833,7 @@ def sample(tasks: list[Any], count: int, seed: int) -> list[Any]:
     return [tasks[chance.randrange(low, high)] for low, high in itertools.pairwise(edges)]
 
 
+RANDOM_KILLS = 200
 KINDS = ("kill", "kill-group", "kill-child", "random", "recovery", "errors")
 _SITUATIONS = {
     "kill": tuple(SCENARIOS),
@@ -844,23 +845,24 @@ _SITUATIONS = {
 }
 
 
-def plan(kind: str, bench: Bench, count: int, seed: int, randoms: int = 200) -> list[Task]:
-    """The tasks of a kind in the situation that the bench plays; at most `count`."""
+def plan(kind: str, bench: Bench, count: int, seed: int, match: str = "") -> list[Task]:
+    """The tasks of a kind in the situation that the bench plays, whose name has `match` in it; at most `count`."""
     scenario = bench.scenario
     if kind == "recovery":
         tasks = []
+        # Recording is what takes long, so a small sample is of few stages.
         for again in sample(recoveries(bench), max(2, count // 4), seed):
             with bench.playing(again):
                 tasks += [Task(again, strike) for strike in kills(bench)]
-        return sample(tasks, count, seed)
+        return sample([task for task in tasks if match in str(task)], count, seed)
     strikes = {
         "kill": lambda: kills(bench),
         "errors": lambda: errors(bench),
         "kill-group": lambda: child_kills(bench, parent=True),
         "kill-child": lambda: child_kills(bench, parent=False),
-        "random": lambda: kills_any_time(bench, min(count, randoms), seed),
+        "random": lambda: kills_any_time(bench, min(count, RANDOM_KILLS), seed),
     }[kind]()
-    return [Task(scenario, strike) for strike in sample(strikes, count, seed)]
+    return sample([task for strike in strikes if match in str(task := Task(scenario, strike))], count, seed)
 
 
 @dataclass
@@ -899,8 +901,8 @@ def try_some(bench: Bench, kind: str, count: int, seed: int = 7) -> int:
     return sum(verdict.reached for verdict in verdicts.values())
 
 
-def run_tasks(kind: str, count: int, seed: int, jobs: int, names: tuple[str, ...]) -> Tally:
-    """Sweep one kind, with `jobs` hosts side by side."""
+def run_tasks(kind: str, count: int, seed: int, jobs: int, names: tuple[str, ...], match: str) -> Tally:
+    """Sweep one kind in the situations `names`, with `jobs` hosts side by side."""
     tally, lock, syncs = Tally(), threading.Lock(), Counter[int]()
     for name in names:
         started = time.monotonic()
@@ -908,7 +910,7 @@ def run_tasks(kind: str, count: int, seed: int, jobs: int, names: tuple[str, ...
         bench = Bench(SCENARIOS[name])
         try:
             waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-            for task in plan(kind, bench, count, seed):
+            for task in plan(kind, bench, count, seed, match):
                 waiting.put(task)
 
             def work(bench: Bench, waiting: queue.SimpleQueue[Task] = waiting, here: Tally = here) -> None:
@@ -947,6 +949,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every point, instead of a sample")
     parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated; all without it")
     parser.add_argument("--scenario", action="append", choices=tuple(SCENARIOS), help="may be repeated")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only points whose name has this in it")
     parser.add_argument("--sample", type=int, default=10, help="points of each kind and scenario  [default: 10]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="hosts side by side  [default: 2]")
@@ -955,7 +958,8 @@ def main() -> int:
     totals = {}
     for kind in options.kind or KINDS:
         names = tuple(name for name in _SITUATIONS[kind] if not options.scenario or name in options.scenario)
-        totals[kind] = run_tasks(kind, 10**9 if options.full else options.sample, options.seed, options.jobs, names)
+        count = 10**9 if options.full else options.sample
+        totals[kind] = run_tasks(kind, count, options.seed, options.jobs, names, options.match)
     for kind, tally in totals.items():
         print(f"TOTAL {kind}: {tally.points} points, {tally.reached} reached, {tally.violations} violations")
     return 1 if any(tally.violations for tally in totals.values()) else 0

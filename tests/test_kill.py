@@ -13,7 +13,7 @@ from tests.sweep import SCENARIOS, Bench, try_some
 @pytest.mark.parametrize("bench", sorted(SCENARIOS), indirect=True)
 def test_a_kill_at_any_system_call_is_mended_by_the_next_sync(bench: Bench) -> None:
     """The path is whole all the time, and afterwards file, service and manifest agree, with nothing left behind."""
-    assert try_some(bench, "kill", 5) == 5
+    assert try_some(bench, "kill", 4) == 4
 
 
 @pytest.mark.parametrize("bench", ["good", "bad"], indirect=True)
