@@ -262,7 +262,7 @@ def put(bench: Bench, disk: Disk) -> None:
     host = bench.host
     bench.stop_service()
     host.log_path.unlink(missing_ok=True)
-    for path in host.root.glob("manifest.json*"):
+    for path in host.root.glob("*manifest.json*"):
         path.unlink()
     for folder in (host.bin, host.state):
         shutil.rmtree(folder, ignore_errors=True)
@@ -272,7 +272,7 @@ def put(bench: Bench, disk: Disk) -> None:
         path = Path(name)
         if not (path.is_relative_to(host.bin) or path.is_relative_to(host.state) or path.parent == host.root):
             continue
-        if path.parent == host.root and not path.name.startswith("manifest.json"):
+        if path.parent == host.root and "manifest.json" not in path.name:
             continue
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)

@@ -808,12 +808,14 @@ def recoveries(bench: Bench) -> list[Scenario]:
     points = find_points(bench.record())
     stages: list[Kill | KillChild] = []
     for name, path in (
-        ("rename", "{root}/bin/.manager.{new}.part"),
-        ("fsync", "{root}/bin"),
-        ("rename", "{root}/manifest.json.tmp"),
-        ("unlink", "{state}/journal/manager.json"),
+        ("rename", r"\{root\}/bin/\.manager\.\{new\}\.part"),
+        ("fsync", r"\{root\}/bin"),
+        ("rename", r"\{root\}/\S*manifest\.json\S*"),
+        ("unlink", r"\{state\}/journal/manager\.json"),
     ):
-        stages += [Kill(point) for point in points if point.name == name and point.label.endswith(f" {path}")][:1]
+        found = [point for point in points if point.name == name and re.search(f" {path}$", point.label)]
+        assert found, path
+        stages.append(Kill(found[0]))
     if scenario.name == "bad":
         stages += [Kill(p) for p in points if p.name == "rename" and p.label.endswith("/.manager.{old}.part")]
     talk = bench.record_ctl()

@@ -11,8 +11,13 @@ from tests.power import Disk, Event, Model, faults, record, try_disk
 from tests.sweep import NAME, SCENARIOS, Bench, Goal, sample
 
 # What a loss only makes slower; reading them bears that.
-NOT_KEPT = ("cache.json", "running.json", "lock")
+NOT_KEPT = ("cache.json", "running.json", "lock", "log", "trace")
 SEED = 20
+
+
+def _is_minor(path: str) -> bool:
+    name = os.path.basename(path)
+    return name in NOT_KEPT or any(name.startswith(f".{minor}.") for minor in NOT_KEPT)
 
 
 def _is_swap(event: Event, bench: Bench, goal: Goal) -> bool:
@@ -31,7 +36,7 @@ def test_everything_reaches_the_disk_before_what_relies_on_it(bench: Bench) -> N
     backup = str(host.state / "backups" / NAME / goal.old)
     swaps = restarts = ends = 0
     for event in events:
-        if event.name == "rename" and os.path.basename(event.paths[1]) not in NOT_KEPT:
+        if event.name == "rename" and not _is_minor(event.paths[1]):
             source = model.names[event.paths[0]]
             assert source.safe == source.now, f"{event.paths} is renamed before its bytes are on the disk"
         if event.name == "rename" and event.paths[1] == str(bench.target):
@@ -50,7 +55,7 @@ def test_everything_reaches_the_disk_before_what_relies_on_it(bench: Bench) -> N
         model.apply(event)
     assert (swaps, ends) == (1, 1) and restarts == (2 if goal.held and goal.old != "absent" else 1)
     for path in [*model.names, journal, *(path for changes in model.pending.values() for c in changes for path in c)]:
-        if os.path.basename(path).removesuffix(".tmp") not in (*NOT_KEPT, "log", "trace"):
+        if not _is_minor(path):
             assert model.safe(path), f"{path} is not on the disk in the end"
 
 
