@@ -848,7 +848,7 @@ _SITUATIONS = {
 
 
 def plan(kind: str, bench: Bench, count: int, seed: int, match: str = "") -> list[Task]:
-    """The tasks of a kind in the situation that the bench plays, whose name has `match` in it; at most `count`."""
+    """The tasks of a kind in the situation that the bench plays, whose name `match` is found in; at most `count`."""
     scenario = bench.scenario
     if kind == "recovery":
         tasks = []
@@ -856,7 +856,7 @@ def plan(kind: str, bench: Bench, count: int, seed: int, match: str = "") -> lis
         for again in sample(recoveries(bench), max(2, count // 4), seed):
             with bench.playing(again):
                 tasks += [Task(again, strike) for strike in kills(bench)]
-        return sample([task for task in tasks if match in str(task)], count, seed)
+        return sample([task for task in tasks if re.search(match, str(task))], count, seed)
     strikes = {
         "kill": lambda: kills(bench),
         "errors": lambda: errors(bench),
@@ -864,7 +864,7 @@ def plan(kind: str, bench: Bench, count: int, seed: int, match: str = "") -> lis
         "kill-child": lambda: child_kills(bench, parent=False),
         "random": lambda: kills_any_time(bench, min(count, RANDOM_KILLS), seed),
     }[kind]()
-    return sample([task for strike in strikes if match in str(task := Task(scenario, strike))], count, seed)
+    return sample([task for strike in strikes if re.search(match, str(task := Task(scenario, strike)))], count, seed)
 
 
 @dataclass
@@ -951,7 +951,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every point, instead of a sample")
     parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated; all without it")
     parser.add_argument("--scenario", action="append", choices=tuple(SCENARIOS), help="may be repeated")
-    parser.add_argument("--match", default="", metavar="TEXT", help="only points whose name has this in it")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only points whose name this is found in")
     parser.add_argument("--sample", type=int, default=10, help="points of each kind and scenario  [default: 10]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="hosts side by side  [default: 2]")
