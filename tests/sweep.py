@@ -925,6 +925,8 @@ def run_tasks(kind: str, count: int, seed: int, jobs: int, names: tuple[str, ...
                     with lock:
                         here.add(verdict)
                         tally.add(verdict)
+                        if here.points % 25 == 0:
+                            print(f"... {kind} {name}: {here.points} points", flush=True)
                         for line in verdict.wrong:
                             print(f"VIOLATION {task}\n    {line}", flush=True)
 
@@ -932,16 +934,24 @@ def run_tasks(kind: str, count: int, seed: int, jobs: int, names: tuple[str, ...
             threads = [threading.Thread(target=work, args=(other,)) for other in (bench, *others)]
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
-            for other in (bench, *others):
-                syncs += other.syncs
-            for other in others:
-                other.close()
+            try:
+                for thread in threads:
+                    thread.join()
+            finally:
+                # After Ctrl-C each host finishes its point, and what was found by then is told.
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        waiting.get_nowait()
+                for thread in threads:
+                    thread.join()
+                for other in (bench, *others):
+                    syncs += other.syncs
+                for other in others:
+                    other.close()
+                figures = f"{here.points} points, {here.reached} reached, {here.violations} violations"
+                print(f"{kind} {name}: {figures}, {time.monotonic() - started:.0f} s", flush=True)
         finally:
             bench.close()
-        figures = f"{here.points} points, {here.reached} reached, {here.violations} violations"
-        print(f"{kind} {name}: {figures}, {time.monotonic() - started:.0f} s", flush=True)
     print(f"{kind}: syncs until all was well: {dict(sorted(syncs.items()))}", flush=True)
     return tally
 
