@@ -71,6 +71,7 @@ class Host:
         self.supervisord: subprocess.Popen[bytes] | None = None
         self.programs: dict[str, dict[str, str]] = {}
         self.groups: dict[str, str] = {}
+        self.extra_conf: list[str] = []  # sections of supervisord.conf
         self.settings = {
             "BIN_MANAGER_API": self.server.api,
             "BIN_DIR": str(self.bin),
@@ -133,6 +134,7 @@ class Host:
             lines += [f"[program:{name}]", *(f"{key}={value}" for key, value in options.items())]
         for name, programs in self.groups.items():
             lines += [f"[group:{name}]", f"programs={programs}"]
+        lines += self.extra_conf
         self.conf.write_text("\n".join(lines) + "\n")
 
     def start_supervisord(self) -> None:
