@@ -100,12 +100,7 @@ def release(fleet: list[int], size: int, splay: float, gigabits: float) -> str:
             found = roll_out(batches(hosts, seconds), size * _MIB, line, 1e9 / 8)
             cut = " (**cut by DOWNLOAD_TIMEOUT**)" if found.slowest > 600 else ""
             asked = found.begun_at_once
-            cells = [
-                f"{hosts:,}",
-                f"{seconds:g} s" if seconds else "none",
-                asked,
-                _bytes(found.begun_at_once * size * _MIB),
-            ]
+            cells = [f"{hosts:,}", f"{seconds:g} s" if seconds else "none", f"{asked:,}", _bytes(asked * size * _MIB)]
             cells += [
                 f"{found.restarts_at_once:,}",
                 _time(found.slowest) + cut,
@@ -131,10 +126,8 @@ def main() -> None:
     print(quiet_minute(chosen.hosts, chosen.binaries))
     print(f"\nA release of {chosen.mib} MiB over {chosen.gigabits:g} Gbit/s, at most 1 Gbit/s a host:\n")
     print(release(chosen.hosts, chosen.mib, chosen.splay, chosen.gigabits))
-    print(
-        "\nA download that is cut is resumed by the next minute's run. Nothing sleeps, so a splay counts in full minutes:"
-    )
-    print("the hosts whose moment lies within the same one begin together.")
+    print("\nA download that is cut is resumed by the next minute's run. Nothing sleeps, so a splay counts in full")
+    print("minutes: the hosts whose moment lies within the same one begin together.")
 
 
 if __name__ == "__main__":
