@@ -131,7 +131,12 @@ def _is_text(value: object) -> bool:
 
 
 def _is_arguments(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_text(word) for word in value)
+    words = value if isinstance(value, list) and value and value[0] else [None]
+    return all(isinstance(word, str) and "\0" not in word and _is_unicode(word) for word in words)
+
+
+def _is_unicode(word: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in word)
 
 
 def _faults(entry: dict[str, Any]) -> list[str]:

@@ -124,9 +124,10 @@ class Supervisor:
         """
         if not self.command:
             raise HostError("there is no supervisorctl on this host any more")
-        done = self._run(["status"], _STATUS_TIMEOUT)
+        limit = min(_STATUS_TIMEOUT, self._restart_timeout)
+        done = self._run(["status"], limit)
         if done.code is None:
-            raise HostError(f"supervisorctl status did not end within {_STATUS_TIMEOUT:g} s")
+            raise HostError(f"supervisorctl status did not end within {limit:g} s")
         if not done.stdout.strip() and done.code != 0:
             raise HostError(f"supervisorctl status exited {done.code}: {done.last_words}")
         return parse_status(done.stdout)
