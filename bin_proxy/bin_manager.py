@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import ssl
@@ -402,14 +401,3 @@ def _expected(response: requests.Response, start: int, release: Release) -> int 
     if total is not None and release.size not in (None, total):
         raise BinManagerError(f"bin-manager announced {release.size} bytes and sends {total}")
     return total if total is not None else release.size
-
-
-def is_plain_http_elsewhere(api: str) -> bool:
-    """Whether the API is asked over http on another host than this one, so that anyone between may alter it."""
-    parts = urlsplit(api)
-    host = parts.hostname or ""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost" or host.endswith(".localhost")
-    return parts.scheme == "http" and not local

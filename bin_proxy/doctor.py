@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from urllib.parse import urlsplit
 
-from bin_proxy.bin_manager import BinManager, is_plain_http_elsewhere
+from bin_proxy.bin_manager import BinManager
 from bin_proxy.errors import BinProxyError, HostError, UsageError
 from bin_proxy.manifest import Binary, load_manifest
 from bin_proxy.settings import Settings
@@ -54,7 +56,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         if not found[0] and os.path.dirname(os.path.realpath(binary.path)) not in told:
             told.add(found[1])
             yield found
-    if is_plain_http_elsewhere(settings.api):
+    if _is_plain_http_elsewhere(settings.api):
         yield False, "bin-manager: asked over plain http, so anyone on the way may alter a release: use https"
     try:
         api = BinManager(settings)
@@ -143,3 +145,14 @@ def _space(folder: str) -> str:
     if free < 64 << 20:
         raise HostError(f"{folder} has only {free >> 20} MiB free: make room")
     return f"{folder} has {free >> 20:,} MiB free"
+
+
+def _is_plain_http_elsewhere(api: str) -> bool:
+    """Whether the API is asked over http on another host than this one, so that anyone between may alter it."""
+    parts = urlsplit(api)
+    host = parts.hostname or ""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost" or host.endswith(".localhost")
+    return parts.scheme == "http" and not local
