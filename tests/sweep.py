@@ -72,7 +72,7 @@ class Call:
 class Point:
     """The `nth` call of `name` on one of `paths` within a thread, as strace counts them; `label` says it to people.
 
-    `before` is how many calls of each kind that thread had made on these paths by then.
+    `before` is how many calls of each kind a thread had made on these paths by then, the one that made most.
     """
 
     label: str
@@ -127,7 +127,8 @@ def find_points(calls: list[Call]) -> list[Point]:
         for paths in choices:
             nth = sum(o.thread == call.thread and o.name == call.name and o.path in paths for o in calls[: at + 1])
             if _first_at(calls, call.name, paths, nth) is call:
-                before = Counter(o.name for o in calls[:at] if o.thread == call.thread and o.path in paths)
+                each = Counter((o.thread, o.name) for o in calls[:at] if o.path in paths)
+                before = Counter({name: max(each[t, name] for t, n in each if n == name) for _, name in each})
                 points.append(Point(f"{len(points) + 1:02d} {call.name} {call.path}", call.name, paths, nth, before))
                 break
         else:
@@ -926,7 +927,7 @@ def run_tasks(kind: str, count: int, seed: int, jobs: int, names: tuple[str, ...
                         here.add(verdict)
                         tally.add(verdict)
                         if here.points % 25 == 0:
-                            print(f"... {kind} {name}: {here.points} points", flush=True)
+                            print(f"... {here.points} points of {kind} {task.scenario.name}", flush=True)
                         for line in verdict.wrong:
                             print(f"VIOLATION {task}\n    {line}", flush=True)
 
