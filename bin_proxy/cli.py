@@ -206,15 +206,15 @@ def rollback(context: Context, name: str, to: str | None) -> int:
       bin-proxy rollback manager --to 0cc175b9
     """
     settings = context.settings()
-    from bin_proxy import operator
+    from bin_proxy import by_hand
     from bin_proxy.guard import Signals
     from bin_proxy.report import Report
 
     binaries = _manifest(settings, [name])
     report = Report(settings.log_file, terminal=sys.stdout.isatty(), verbose=context.verbose)
-    result = operator.roll_back(settings, binaries, name, to, report, Signals())
+    result = by_hand.roll_back(settings, binaries, name, to, report, Signals())
     done = result.well and result.outcome == "updated"
-    click.echo(clean(operator.describe(result) if done else f"bin-proxy: {name}: {result.error}"), err=not done)
+    click.echo(clean(by_hand.describe(result) if done else f"bin-proxy: {name}: {result.error}"), err=not done)
     return 0 if done else 1
 
 
@@ -231,12 +231,12 @@ def pause(context: Context, names: tuple[str, ...], reason: str, duration: str |
       bin-proxy pause manager --reason "INC-42, ask Wei" --for 2h
       bin-proxy pause
     """
-    from bin_proxy import operator
+    from bin_proxy import by_hand
 
     settings = context.settings()
     _manifest(settings, names)
-    seconds = None if duration is None else operator.parse_duration(duration)
-    for line in operator.pause(settings, names, reason, seconds):
+    seconds = None if duration is None else by_hand.parse_duration(duration)
+    for line in by_hand.pause(settings, names, reason, seconds):
         click.echo(clean(line))
     return 0
 
@@ -252,10 +252,10 @@ def resume(context: Context, names: tuple[str, ...]) -> int:
       bin-proxy resume manager
       bin-proxy resume
     """
-    from bin_proxy import operator
+    from bin_proxy import by_hand
 
     settings = context.settings()
-    for line in operator.resume(settings, names):
+    for line in by_hand.resume(settings, names):
         click.echo(clean(line))
     return 0
 
