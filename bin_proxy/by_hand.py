@@ -132,9 +132,8 @@ def resume(settings: Settings, names: tuple[str, ...]) -> list[str]:
 
 def describe(result: Result) -> str:
     """A finished rollback in one line, with the hold that it leaves and the way to lift it."""
-    left = (
-        f"; {short(result.from_md5)} is held: bin-proxy sync --only {result.name} --retry-held"
-        if result.from_md5
-        else ""
-    )
-    return f"{result.name}: back at {short(result.to_md5)} in {result.seconds:.1f} s{left} lifts that" if left else ""
+    done = f"{result.name}: back at {short(result.to_md5)} in {result.seconds:.1f} s"
+    if not result.from_md5:
+        return done
+    lift = f"bin-proxy sync --only {result.name} --retry-held, or bin-proxy rollback {result.name} --to"
+    return f"{done}; {short(result.from_md5)} is held until {lift} {short(result.from_md5)}"

@@ -43,7 +43,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     except BinProxyError as error:
         yield False, str(error)
         return
-    yield True, f"manifest: {settings.manifest} names {len(binaries)} binaries"
+    yield True, f"manifest: {settings.manifest} names {', '.join(binary.name for binary in binaries) or 'no binary'}"
     yield from _state(settings)
     yield _try("log", lambda: _log(settings.log_file))
     told = set()

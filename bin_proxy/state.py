@@ -309,13 +309,13 @@ class State:
         """
         self._write("pauses.json", json.dumps({"version": VERSION, **asdict(_Pauses(self.pauses))}))
 
-    def pause_of(self, name: str, now: float) -> Pause | None:
-        """The operator's pause of a binary, or of the whole host, that is in force at Unix time `now`."""
-        for key in (name, "*"):
+    def pause_of(self, name: str, now: float) -> tuple[Pause | None, str]:
+        """The operator's pause of a binary, or of the whole host, in force at Unix time `now`, and what ends it."""
+        for key, what in ((name, f"bin-proxy resume {name}"), ("*", "bin-proxy resume")):
             pause = self.pauses.get(key)
             if pause and (pause.until is None or now < pause.until):
-                return pause
-        return None
+                return pause, f"{what} ends it"
+        return None, ""
 
     def _state_text(self) -> str:
         known = _Memories({name: memory for name, memory in self._memories.items() if memory != Memory()})

@@ -142,7 +142,7 @@ def _row(
     if answer and answer[0] != binary.version:
         answer = None  # of the time before the manifest named another version
     installed, latest = slot.md5 if slot else None, answer[1] if answer else None
-    pause = state.pause_of(binary.name, now)
+    pause, way_out = state.pause_of(binary.name, now)
     hold = next((hold for hold in memory.holds if hold.md5 == latest), None) if memory and latest != installed else None
     retry = memory.retries.get(latest) if memory and latest else None
     until = memory.unwell.until if memory and memory.unwell else retry.until if retry and latest != installed else None
@@ -178,13 +178,14 @@ def _row(
         "well": bool(fine and not errors and not dead and not (service and service["restartPending"])),
         "answeredAt": answer[2] if answer else None,
         "words": words,
+        "wayOut": way_out,
         "byOperator": bool(hold and hold.by == "operator"),
     }
 
 
 def as_json(found: dict[str, Any]) -> dict[str, Any]:
     """What `survey` found, less what is for the table alone."""
-    extra = ("well", "answeredAt", "words", "byOperator")
+    extra = ("well", "answeredAt", "words", "byOperator", "wayOut")
     rows = [{key: value for key, value in row.items() if key not in extra} for row in found["binaries"]]
     return {**found, "binaries": rows}
 
@@ -271,7 +272,7 @@ def _advice(row: dict[str, Any]) -> list[str]:
     if row["paused"]:
         until = f" until {_plain(row['paused']['until'])}" if row["paused"]["until"] else ""
         why = row["paused"]["reason"] or "no reason given"
-        lines.append(f"paused since {_plain(row['paused']['since'])}{until} ({why}): bin-proxy resume ends it")
+        lines.append(f"paused since {_plain(row['paused']['since'])}{until} ({why}): {row['wayOut']}")
     elif row["held"]:
         lines.append(f"{row['held']['md5'][:8]} is held since {_plain(row['held']['since'])}: {row['held']['reason']}")
         lines.append(f"to try it again: bin-proxy sync --only {name} --retry-held")

@@ -133,9 +133,9 @@ class Sync:
             self._workers.submit((self._looked, binary), math.inf, lambda job: self._look(job, binary))
 
     def _is_paused(self, binary: Binary) -> bool:
-        pause = self.state.pause_of(binary.name, time.time())
+        pause, way_out = self.state.pause_of(binary.name, time.time())
         if pause:
-            why = f"by an operator: {pause.reason or 'no reason given'}; bin-proxy resume ends it"
+            why = f"by an operator: {pause.reason or 'no reason given'}; {way_out}"
             self._end(Result(binary.name, "paused", True, note=why))
         return pause is not None
 
@@ -194,8 +194,8 @@ class Sync:
         why = decision.why + (
             f"; until {time.strftime('%H:%M:%S', time.localtime(decision.until))}" if decision.until else ""
         )
-        now_what = f"; bin-proxy sync --only {binary.name} --retry-held tries it again" if not decision.well else ""
-        told = None if decision.well else f"release {short(release.md5)} {decision.outcome}: {why}{now_what}"
+        words = f"release {short(release.md5)} {decision.outcome}: {why}{_tries(binary.name)}"
+        told = None if decision.well else words
         self._end(Result(binary.name, outcome, decision.well, slot.md5, release.md5, 0.0, told, decision.kind, why))
 
     def _stage(self, binary: Binary, slot: Slot, release: Release, memory: Memory) -> None:
@@ -248,7 +248,7 @@ class Sync:
         elif release and isinstance(error, ReleaseError):
             memory.hold(release.md5, told, now, "failure")
             outcome = "held"
-            told = f"release {short(release.md5)} is not installed and held: {told}"
+            told = f"release {short(release.md5)} is not installed and held: {told}{_tries(binary.name)}"
         old, new = slot.md5 if slot else None, release.md5 if release else None
         self._end(Result(binary.name, outcome, False, old, new, 0.0, told, error.kind))
 
@@ -306,12 +306,16 @@ class Sync:
         try:
             self.state.save_cache()
             if self._settings.metrics_file:
-                pauses = {name for name in self._binaries if self.state.pause_of(name, now)}
+                pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}
                 write_metrics(self._settings.metrics_file, cache, list(self._binaries), pauses)
         except HostError as error:
             self._report.troubles([], [str(error)], cache, now)
             return 1
         return code
+
+
+def _tries(name: str) -> str:
+    return f"; bin-proxy sync --only {name} --retry-held tries it again"
 
 
 def _host() -> str:
