@@ -22,7 +22,7 @@ from bin_proxy.state import Record, State
 from tests import clock
 from tests.clock import at
 from tests.conftest import require, require_root
-from tests.host import Host, dies_at_once, eventually, good, md5, running_host
+from tests.host import Host, dies_after, dies_at_once, eventually, good, md5, running_host
 from tests.server import Handler
 
 REPOSITORY = Path(__file__).parent.parent
@@ -230,34 +230,50 @@ def test_no_clock_hides_a_changed_file(host: Host, moment: float) -> None:
     assert host.disk_md5("manager") == md5(V1)
 
 
-@pytest.mark.parametrize("jumps", [("86400", "-86400"), (f"-{_NOON - 86400}", "2300000000")])
-def test_a_clock_that_jumps_during_an_update(jumps: tuple[str, str]) -> None:
-    """Jumps during the download and during the health window neither hasten nor fail an update."""
+def test_a_pause_ends_by_the_clock(host: Host) -> None:
+    """`pause --for` lasts as long as it says, and no jump makes a command raise."""
+    install_old(host)
+    assert host.run("pause", "manager", "--for", "2h", **at(_NOON)).returncode == 0
+    for moment in (_NOON + 60, _NOON + 7000, 3600, _NOON - 86400):
+        assert host.outcomes(**at(moment)) == {"manager": "paused"}
+        status = json.loads(host.run("status", "--json", **at(moment)).stdout)
+        assert [row["state"] for row in status["binaries"]] == ["paused"]
+        assert host.run("doctor", **at(moment)).returncode in (0, 1)
+    assert host.server.downloads == 0
+    assert host.outcomes(**at(_NOON + 7300)) == {"manager": "updated"}
+    assert host.run("status", **at(3600)).returncode == 0
+
+
+@pytest.mark.parametrize(("step", "outcome"), [(3600, "rolled-back"), (-3600, "updated")], ids=["ahead", "back"])
+def test_a_clock_that_jumps_during_an_update(step: int, outcome: str) -> None:
+    """A clock that is set again and again, from the download on, neither cuts a health window nor draws it out."""
     with quick_host() as host:
-        host.server.publish("manager", V2)
+        release = dies_after(1.2, "v2") if outcome == "rolled-back" else V2
+        host.server.publish("manager", release)
         ahead = host.root / "ahead"
         ahead.write_text("0")
-        fetched = threading.Event()
+        fetched, over = threading.Event(), threading.Event()
 
-        def jump_and_send(handler: Handler) -> bool:
-            ahead.write_text(jumps[0])
+        def keep_jumping() -> None:
+            fetched.wait(60)
+            for count in range(1, 100_000):
+                (host.root / "ahead.new").write_text(str(count * step))
+                (host.root / "ahead.new").rename(ahead)
+                if over.wait(0.05):
+                    return
+
+        host.server.scripts[host.server.download_path("manager")] = [lambda handler: fetched.set() or True]
+        jumper = threading.Thread(target=keep_jumping)
+        jumper.start()
+        try:
+            outcomes = host.outcomes(MIN_HEALTHY_SECONDS="2.5", **clock.by(ahead))
+        finally:
             fetched.set()
-            return True
-
-        host.server.scripts[host.server.download_path("manager")] = [jump_and_send]
-        run = subprocess.Popen(
-            host.command("sync"),
-            cwd=REPOSITORY,
-            env=host.environment(**clock.by(ahead)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert fetched.wait(20)
-        eventually(lambda: host.disk_md5("manager") == md5(V2))
-        ahead.write_text(jumps[1])
-        _, told = run.communicate(timeout=60)
-        assert (run.returncode, told) == (0, "")
-        assert host.running_md5("manager") == host.reported("manager") == md5(V2)
+            over.set()
+            jumper.join()
+        assert outcomes == {"manager": outcome}
+        final = md5(V1 if outcome == "rolled-back" else V2)
+        assert host.running_md5("manager") == host.reported("manager") == host.disk_md5("manager") == final
         assert host.strays() == []
 
 
@@ -344,6 +360,7 @@ def test_a_reboot_half_way(moment: str) -> None:
 QUOTA = {
     "the download": ("bin/.manager.{md5}.part", "manager: .*[Qq]uota"),
     "the record": ("state/journal/.manager.json.bin-proxy.tmp", "manager: .*[Qq]uota"),
+    "the backup": ("state/backups/manager/{old}.tmp", "manager: .*[Qq]uota"),
     "the memory": ("state/.state.json.bin-proxy.tmp", "[Qq]uota"),
     "the manifest": (".manifest.json.bin-proxy.tmp", "[Qq]uota"),
     "the cache": ("state/.cache.json.bin-proxy.tmp", "[Qq]uota"),
@@ -355,9 +372,10 @@ def test_a_quota_that_is_used_up(host: Host, what: str) -> None:
     """EDQUOT wherever something is written: one clear line, exit 1, a whole file; without it the next run converges."""
     require("strace")
     install_old(host)
-    host.install("other", V1)
+    if what == "the backup":  # a file with another name is copied
+        os.link(host.bin / "manager", host.root / "other-name")
     where, about = QUOTA[what]
-    path = host.root / where.format(md5=md5(V2))
+    path = host.root / where.format(md5=md5(V2), old=md5(V1))
     strace = ["strace", "-f", "-qqq", "-o", "/dev/null", "-P", str(path)]
     strace += ["-e", "trace=write", "-e", "inject=write:error=EDQUOT"]
     done = subprocess.run(
@@ -372,7 +390,7 @@ def test_a_quota_that_is_used_up(host: Host, what: str) -> None:
     assert "Traceback" not in done.stderr
     done.stderr = "".join(line for line in done.stderr.splitlines(True) if not line.startswith("strace: "))
     complaint(done, about)
-    if what in ("the download", "the record"):
+    if what in ("the download", "the record", "the backup"):
         assert host.disk_md5("manager") == md5(V1)
     assert host.disk_md5("manager") in (md5(V1), md5(V2))
     assert_converges(host)
