@@ -85,22 +85,21 @@ def _certificates(settings: Settings) -> str | bool:
         UsageError: a file of certificates cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    variables = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    chosen = [("BIN_MANAGER_CA_BUNDLE", settings.ca_bundle), *((name, os.environ.get(name)) for name in variables)]
+    name, store = next((one for one in chosen if one[1]), ("", None))
     try:
-        where = "BIN_MANAGER_CA_BUNDLE"
-        if settings.ca_bundle:
-            context.load_verify_locations(settings.ca_bundle)
-        where = "BIN_MANAGER_CLIENT_CERT"
+        what = f"{name} {store}"
+        if store:
+            folder = os.path.isdir(store)
+            context.load_verify_locations(cafile=None if folder else store, capath=store if folder else None)
+        what = f"BIN_MANAGER_CLIENT_CERT {settings.client_cert}"
         if settings.client_cert:  # without the password, OpenSSL would ask whoever stands at the terminal
             context.load_cert_chain(settings.client_cert, settings.client_key or None, password=lambda: "")
     except (OSError, ValueError) as error:
-        raise UsageError(f"{where} cannot be used: {_cause(error)}") from None
-    if settings.ca_bundle:
-        return settings.ca_bundle
-    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if store := os.environ.get(name):
-            if not os.path.exists(store):
-                raise UsageError(f"{name} {store} does not exist")
-            return store
+        raise UsageError(f"{what} cannot be used: {_cause(error)}") from None
+    if store:
+        return store
     stores = (ssl.get_default_verify_paths().cafile, *_HOST_STORES)
     return next((store for store in stores if store and os.path.isfile(store)), True)
 
@@ -380,7 +379,7 @@ def _parse_release(status: int, body: bytes) -> Release:
             raise BinManagerError(f"bin-manager answered HTTP 200 with a {key} that is none: {str(value)[:80]!r}")
         found[key] = text or None
     size = data.get("size")
-    if size is not None and (type(size) is not int or size < 0):
+    if size is not None and (type(size) is not int or not 0 <= size < 2**63):
         raise BinManagerError(f"bin-manager answered HTTP 200 with a size that is none: {str(size)[:80]!r}")
     return Release(str(found["md5"]), found["sha256"], size)
 

@@ -76,7 +76,10 @@ def parse_duration(text: str) -> float:
     """
     if not re.fullmatch(r"([0-9]{1,6}[smhd])+", text):
         raise UsageError(f"{text!r} is no duration: write 30m, 2h, 1d or 1h30m")
-    return sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"([0-9]+)([smhd])", text))
+    seconds = sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"([0-9]+)([smhd])", text))
+    if seconds > 3650 * 86400:
+        raise UsageError(f"{text!r} is longer than ten years: leave --for out")
+    return seconds
 
 
 def pause(settings: Settings, names: tuple[str, ...], reason: str, seconds: float | None) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 from bin_proxy.bin_manager import BinManager
 from bin_proxy.errors import BinProxyError, HostError, UsageError
 from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.settings import Settings
+from bin_proxy.settings import Settings, untrusted
 from bin_proxy.slot import check_writable, locate
 from bin_proxy.state import State
 from bin_proxy.status import survey
@@ -96,8 +95,8 @@ def _state(settings: Settings) -> Iterator[Finding]:
         yield os.access(os.path.dirname(folder), os.W_OK), f"state: {folder} is made by the first sync"
         yield False, "last sync: none yet: does cron run bin-proxy sync?"
         return
-    if os.stat(folder).st_mode & stat.S_IWOTH:
-        yield False, f"state: everybody may write {folder}: chmod 755 {folder}"
+    for fault in untrusted(folder, folder=True):
+        yield False, f"state: {fault}"
     try:
         state = State(folder, ())
     except HostError as error:

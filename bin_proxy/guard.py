@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from filelock import Timeout, UnixFileLock
 
 from bin_proxy.atomic import make_folder, write_atomically
-from bin_proxy.errors import Busy, Interrupted, host_error
+from bin_proxy.errors import Busy, Interrupted, UsageError, host_error
+from bin_proxy.settings import untrusted
 
 
 class Signals:
@@ -56,11 +57,19 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
 
     Raises:
         Busy: another run holds it.
+        UsageError: others than root could write what lies there.
         HostError: it cannot be had.
     """
     holder = os.path.join(state_dir, "running.json")
     try:
         make_folder(state_dir, 0o755)
+        folders = [
+            folder for name in ("", "journal", "backups") if os.path.isdir(folder := os.path.join(state_dir, name))
+        ]
+        if faults := [fault for folder in folders for fault in untrusted(folder, folder=True)]:
+            raise UsageError(
+                *dict.fromkeys(faults)
+            )  # whoever writes a record there says which file is replaced by which
         # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
         lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o600, fallback_to_soft=False)
         lock.acquire(timeout=wait, poll_interval=0.2)

@@ -135,7 +135,7 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
     """
     faults: list[str] = []
     chosen_config = options.get("CONFIG") or environ.get("BIN_PROXY_CONFIG")
-    config = chosen_config or DEFAULT_CONFIG
+    config = os.path.abspath(chosen_config or DEFAULT_CONFIG)
     in_file, found = _read_config(config, bool(chosen_config), faults)
     chosen: dict[str, Any] = {"config": config, "config_found": found}
     for name, (key, default, parse) in TABLE.items():
@@ -213,8 +213,8 @@ def _finish(chosen: dict[str, Any], search_path: str, faults: list[str]) -> None
             faults.append(f"BIN_MANAGER_{name} {chosen[key]} cannot be read")
 
 
-def untrusted(path: str) -> list[str]:
-    """Why not to take orders from the file `path`: above all that others than root could write it or swap it.
+def untrusted(path: str, *, folder: bool = False) -> list[str]:
+    """Why not to take orders from a file or folder: above all that others than root could write it or swap it.
 
     Every folder and every link on the way is looked at.
 
@@ -225,15 +225,17 @@ def untrusted(path: str) -> list[str]:
         OSError: something on the way cannot be looked at.
     """
     kind = os.stat(path).st_mode
-    if not stat.S_ISREG(kind) and not stat.S_ISCHR(kind):  # a pipe would be waited for without end
+    if not folder and not stat.S_ISREG(kind) and not stat.S_ISCHR(kind):  # a pipe would be waited for without end
         return [f"{path} cannot be read: it is not a regular file"]
-    if os.geteuid() != 0 or stat.S_ISCHR(kind):
+    if os.geteuid() != 0:
         return []
     trusted = {0, int(os.environ["SUDO_UID"]) if os.environ.get("SUDO_UID", "").isdecimal() else os.getuid()}
     faults: list[str] = []
     here, rest = "/", os.path.abspath(path).split("/")[1:]
     for _ in range(200):
         status = os.lstat(here)
+        if stat.S_ISCHR(status.st_mode):
+            break  # /dev/null is everybody's, and empty
         quoted, what = shlex.quote(here), path if not rest else f"{here}, which leads to {path},"
         sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
         if status.st_uid not in trusted:

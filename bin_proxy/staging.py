@@ -100,8 +100,8 @@ def _verify(binary: Binary, path: str, md5: str) -> None:
         try:
             os.fchmod(fd, 0o700)
             done = run([word.replace("{file}", path) for word in binary.verify], binary.health_timeout)
-            os.fchmod(fd, 0o600)
         finally:
+            os.fchmod(fd, 0o600)
             os.close(fd)
     except OSError as error:
         raise host_error(f"verify {path}", error) from error

@@ -230,7 +230,10 @@ class State:
             data = parse_json(raw.decode())
             if not isinstance(data, dict) or data.pop("version", None) != VERSION:
                 raise ValueError("it is of another version of bin-proxy")
-            return decode(kind, data)
+            found = decode(kind, data)
+            if kind is Record and file != f"journal/{found.name}.json":
+                raise ValueError(f"it is of {found.name[:140]!r}")
+            return found
         except FileNotFoundError:
             pass
         except OSError as error:

@@ -26,7 +26,10 @@ _COLOURS = {"current": "green", "paused": "cyan", "updating": "cyan", "outdated"
 
 def rfc3339(at: float | None) -> str | None:
     """Unix time in seconds as people and programs read it, with this host's offset."""
-    return None if at is None else datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
+    try:
+        return None if at is None else datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return None  # beyond the calendar: a state file of another hand
 
 
 def restart_pending(pid: int, slot: Slot) -> bool | None:
