@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 
 # They describe the bytes of the file they stand on, so they must not travel to other bytes.
@@ -101,7 +102,9 @@ def temporary_of(path: str) -> str:
     return os.path.join(folder, f".{name}.bin-proxy.tmp")
 
 
-def write_atomically(path: str, data: bytes, *, durable: bool = True, like: str | None = None) -> None:
+def write_atomically(
+    path: str, data: bytes, *, durable: bool = True, like: str | None = None, still: Callable[[], bool] = lambda: True
+) -> bool:
     """Replace `path` by a file with the bytes `data`, by way of `temporary_of` it.
 
     Args:
@@ -109,6 +112,10 @@ def write_atomically(path: str, data: bytes, *, durable: bool = True, like: str 
         data: its new content.
         durable: wait until the bytes and the name would survive a power loss.
         like: a file whose owner, mode and attributes it gets; without it, 0644 and whoever runs this.
+        still: asked right before the replacement, whether it is still wanted.
+
+    Returns:
+        whether it was replaced.
 
     Raises:
         OSError: nothing was replaced, or (from the folder's fsync) it was and may not survive a power loss.
@@ -126,6 +133,9 @@ def write_atomically(path: str, data: bytes, *, durable: bool = True, like: str 
                 os.fsync(fd)
         finally:
             os.close(fd)
+        if not still():
+            os.unlink(temporary)
+            return False
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -133,3 +143,4 @@ def write_atomically(path: str, data: bytes, *, durable: bool = True, like: str 
         raise
     if durable:
         fsync_folder(os.path.dirname(path))
+    return True

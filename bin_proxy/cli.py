@@ -136,7 +136,10 @@ def sync(
     signals = Signals()
     with nullcontext() if dry_run else locked(settings.state_dir, wait):
         run = Sync(settings, binaries, options, report, signals)
-        run.run()
+        try:
+            run.run()
+        finally:
+            report.progress([])
         results = [run.results[binary.name] for binary in binaries if binary.name in run.results]
         results += [result for name, result in run.results.items() if name not in {binary.name for binary in binaries}]
         code = exit_code(results, run.troubles) if dry_run else run.finish(results)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from json import JSONDecoder
 from typing import Any
 from urllib.parse import urlsplit
@@ -220,20 +221,27 @@ def record_md5s(path: str, digests: Mapping[str, str]) -> None:
     real = os.path.realpath(path)
     try:
         for _ in range(5):
-            seen = os.stat(real)
+            seen = _identity(real)
             old = _read(real)
             new = _with_md5s(old, digests)
             if new == old:
                 return
-            now = os.stat(real)
-            if (now.st_ino, now.st_size, now.st_mtime_ns) == (seen.st_ino, seen.st_size, seen.st_mtime_ns):
-                write_atomically(real, new.encode(), like=real)
+            if write_atomically(real, new.encode(), like=real, still=partial(_is_still, real, seen)):
                 return
     except OSError as error:
         raise host_error(f"record the new MD5 in manifest {path}", error) from error
     except ValueError as error:
         raise HostError(f"cannot record the new MD5 in manifest {path}: {error}") from None
     raise HostError(f"cannot record the new MD5 in manifest {path}: it keeps changing")
+
+
+def _is_still(path: str, seen: tuple[int, int, int, int]) -> bool:
+    return _identity(path) == seen
+
+
+def _identity(path: str) -> tuple[int, int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _with_md5s(text: str, digests: Mapping[str, str]) -> str:

@@ -75,7 +75,7 @@ class Report:
 
     def _erase_bar(self) -> None:
         if self._bar:
-            click.echo("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", nl=False)
+            click.echo("\r\x1b[K\x1b[?25h", nl=False)  # erases the line, and shows the cursor that the bar hides
 
     def detail(self, line: str) -> None:
         """Say a detail to a person who asked for details."""
