@@ -88,8 +88,8 @@ def started(host: Host, *arguments: str, **settings: str) -> Iterator[subprocess
         process.communicate()
 
 
-def on_terminal(host: Host, *arguments: str, columns: int = 80, **settings: str) -> tuple[int, str]:
-    """Run bin-proxy on a terminal; returns its exit code and all that it sent there."""
+def on_terminal(host: Host, *arguments: str, columns: int = 80, until: str = "", **settings: str) -> tuple[int, str]:
+    """Run bin-proxy on a terminal; returns its exit code and all that it sent there. Ctrl-C comes after `until`."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = host.environment(**{"TERM": "xterm-256color", **settings})
@@ -102,6 +102,9 @@ def on_terminal(host: Host, *arguments: str, columns: int = 80, **settings: str)
     with suppress(OSError):  # EIO: nobody holds the terminal any more
         while chunk := os.read(ours, 65536):
             seen += chunk
+            if until and until.encode() in seen:
+                process.send_signal(signal.SIGINT)
+                until = ""
     os.close(ours)
     text = seen.decode()
     assert "Traceback" not in text, text
@@ -768,6 +771,16 @@ def test_progress_on_a_terminal(host: Host, setting: dict[str, str]) -> None:
     assert code == 0 and not raw
 
 
+def test_the_cursor_comes_back(host: Host) -> None:
+    """Ctrl-C in the middle of a download leaves a terminal as one wants it: with a cursor, and a free line."""
+    host.write_manifest({"name": "a", **FILE})
+    host.server.publish("a", good("v2", 2_000_000))
+    host.server.always[BinManagerServer.download_path("a")] = drip(60, 200)
+    code, raw = on_terminal(host, "sync", until="downloading")
+    assert code == 128 + signal.SIGINT and "Traceback" not in raw
+    assert raw.rfind("\x1b[?25l") <= raw.rfind("\x1b[?25h"), raw
+
+
 def test_no_progress_off_a_terminal(host: Host) -> None:
     """Piped, an update says nothing at all; with -v, lines only."""
     host.write_manifest({"name": "a", **FILE})
@@ -808,7 +821,12 @@ def test_in_a_real_terminal(host: Host, columns: int) -> None:
         lines = [line for line in shown().splitlines() if line]
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
-    assert sum(line.startswith("downloading") for line in lines) == 1, lines
+    told = lines[: next(at for at, line in enumerate(lines) if re.match(r"NAME|[ab]: (current|unknown)$", line))]
+    for line in told:
+        assert re.fullmatch(
+            r"downloading .*\]( +\d+%.*)?|a: \w+ -> \w+|a: updated to \w+ in .*|(bin-proxy: b:|   ) .*", line
+        ), told
+    assert sum(line.startswith("downloading") for line in told) <= 1, told
     assert any(line.startswith("a: updated to ") for line in lines)
     assert any(re.match(r"a:? +current\b", line) for line in lines) and any(
         re.match(r"b:? +unknown\b", line) for line in lines
