@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import tempfile
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from bin_proxy.errors import HostError, UsageError
 from bin_proxy.manifest import Binary, load_manifest, record_md5s
 from bin_proxy.settings import load_settings
-from tests.conftest import require_root
+from tests.conftest import require, require_root
 from tests.host import Host, eventually, md5
 
 MD5 = "0123456789abcdef" * 2
@@ -535,4 +536,26 @@ def test_an_operators_edit_during_a_sync_is_kept(host: Host) -> None:
         go_on.set()
         thread.join()
     assert (results[0].returncode, results[0].stderr) == (0, "")
+    assert host.manifest_path.read_text() == edited.replace("?", release)
+
+
+def test_an_edit_at_the_last_moment_is_kept(host: Host) -> None:
+    """An edit that comes while the new manifest is being written is not overwritten: the recording begins anew."""
+    require("strace")
+    host.install("tool", b"tool 1")
+    release = host.server.publish("tool", b"tool 1")
+    host.write_manifest({"name": "tool", "service": False, "currentMd5": "?"})
+    there = set(os.listdir(host.root))
+    # Each fsync takes 1.5 s: long enough to see the file that is going to replace the manifest.
+    slow = ["strace", "-f", "-q", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:delay_enter=1500000"]
+    process = subprocess.Popen(
+        [*slow, *host.command("sync")], cwd=Path(__file__).parent.parent, env=host.environment(), stderr=subprocess.PIPE
+    )
+    eventually(lambda: [name for name in set(os.listdir(host.root)) - there if "manifest" in name], 60)
+    edited = '{"edited": true, "binaries": [{"name": "tool", "service": false, "currentMd5": "?"}]}'
+    new = host.root / "edit"
+    new.write_text(edited)
+    new.rename(host.manifest_path)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, b"")
     assert host.manifest_path.read_text() == edited.replace("?", release)

@@ -88,7 +88,7 @@ def test_a_release_that_never_ran_is_never_held(
 @pytest.mark.parametrize("retry_held", [False, True])
 def test_the_release_that_is_installed_is_current_whatever_is_remembered(retry_held: bool) -> None:
     """What is on disk is compared first: no hold, pause or splay makes the offered release anything but current."""
-    memory = Memory(lost="*", seen={NEW: NOW}, unwell=Unwell(NEW, 1, NOW + 60, "down"))
+    memory = Memory(lost=NEW, seen={NEW: NOW}, unwell=Unwell(NEW, 1, NOW + 60, "down"))
     memory.hold(NEW, "bad", NOW, "failure")
     memory.retries[NEW] = Retry(1, NOW + 60, "corrupt", "bytes differ")
     found = decided(memory, installed=NEW, retry_held=retry_held, splay=(100.0, 200.0))
@@ -121,7 +121,7 @@ def test_a_hold_wins_over_a_pause() -> None:
 @pytest.mark.parametrize("installed", [OLD, None])
 def test_an_operator_overrides_holds_and_pauses(installed: str | None) -> None:
     """--retry-held tries a release again whatever stands against it."""
-    memory = Memory(lost="*", unwell=Unwell(NEW, 3, NOW + 600, "down"))
+    memory = Memory(lost=NEW, unwell=Unwell(NEW, 3, NOW + 600, "down"))
     memory.hold(NEW, "bad", NOW, "failure")
     memory.retries[NEW] = Retry(4, NOW + 480, "flapping", "left often")
     assert decided(memory, installed=installed).outcome == "held"
@@ -149,7 +149,7 @@ def test_a_release_that_left_both_down_waits_until_the_service_is_healthy() -> N
 
 @pytest.mark.parametrize(
     ("installed", "lost", "outcome"),
-    [(OLD, NEW, "held"), (OLD, "*", "held"), (OLD, OTHER, "update"), (None, NEW, "update"), (None, "*", "update")],
+    [(OLD, NEW, "held"), (OLD, OTHER, "update"), (None, NEW, "update"), (OLD, "", "update")],
 )
 def test_lost_memory_holds_a_release_that_may_have_been_held(installed: str | None, lost: str, outcome: str) -> None:
     """With the state file lost, a release known before may be a held one; a new one, or a missing file, may go on."""

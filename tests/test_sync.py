@@ -447,6 +447,9 @@ def test_no_backup_shares_its_inode_with_what_is_installed(host: Host) -> None:
         assert (host.bin / "tool").stat().st_nlink == 1
         for path in folder.iterdir():
             assert path.stat().st_nlink == 1
+    assert host.run("rollback", "tool").returncode == 0
+    installed = (host.bin / "tool").stat()
+    assert installed.st_nlink == 1 and installed.st_ino not in {path.stat().st_ino for path in folder.iterdir()}
     with open(host.bin / "tool", "r+b") as file:
         file.write(b"XXXXX")
     for path in folder.iterdir():
@@ -517,6 +520,37 @@ def test_a_release_held_costs_one_download_and_one_restart(manager_host: Host) -
     host.server.publish("manager", dies_at_once("v2"))
     assert host.outcomes() == {"manager": "held"}
     assert host.server.downloads == 3
+
+
+def test_a_held_release_that_works_after_all_is_held_no_longer(host: Host) -> None:
+    """Once it was tried again and accepted, nothing stands against it, also when it comes back later."""
+    offer(host, "tool")
+    sign = host.root / "sign"
+    host.write_manifest(tool(verifyCommand=["/bin/sh", "-c", f"test -e {sign}"]))
+    done = host.sync("--json")
+    assert (done.returncode, json.loads(done.stdout)["results"][0]["outcome"]) == (1, "held")
+    assert content(host, "tool") == b"tool1" and host.strays() == []
+    sign.touch()
+    assert host.outcomes() == {"tool": "held"}
+    assert host.outcomes("--retry-held") == {"tool": "updated"}
+    for release in (b"tool3", b"tool2"):
+        host.server.publish("tool", release)
+        assert host.outcomes() == {"tool": "updated"}
+
+
+def test_a_hold_survives_a_state_file_that_is_lost(host: Host) -> None:
+    """With the state unreadable, the release that is on offer is not tried blindly; another one is."""
+    offer(host, "tool")
+    host.write_manifest(tool(verifyCommand=["/bin/false"]))
+    assert host.outcomes() == {"tool": "held"}
+    host.write_manifest(tool())
+    (host.state / "state.json").write_bytes(b"\0\0\0")
+    done = host.sync("--json")
+    assert json.loads(done.stdout)["results"][0]["outcome"] == "held" and "state.json" in done.stderr
+    assert host.outcomes() == {"tool": "held"}
+    assert content(host, "tool") == b"tool1"
+    host.server.publish("tool", b"tool3")
+    assert host.outcomes() == {"tool": "updated"}
 
 
 # Several binaries
