@@ -136,6 +136,13 @@ def test_a_bad_answer_to_the_question_for_the_md5(plain: Host, kind: str) -> Non
     converges(plain, good("v2"))
 
 
+@pytest.mark.parametrize("kind", ["endless body", "endless chunks", "redirect with an endless body"])
+def test_an_endless_answer_ends_by_its_size(plain: Host, kind: str) -> None:
+    """It comes fast, so there is no need to wait for the time to be over."""
+    plain.server.always[MD5_PATH] = ANSWERS[kind]
+    bad_run(plain, HTTP_TIMEOUT="60")
+
+
 CORRUPT: dict[str, Behaviour] = {
     "other bytes": answering(200, good("v3")),
     "one bit": answering(200, good("v2")[:-1] + b"3"),
