@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 from bin_proxy.atomic import make_folder
 from bin_proxy.errors import HostError, UsageError, host_error
@@ -62,7 +63,9 @@ def roll_back(
         with signals.held():
             try:
                 updater.stage_backup(binary, slot, matching[0])
-                return updater.activate(binary, slot, matching[0], "operator")
+                result = updater.activate(binary, slot, matching[0], "operator")
+                words = "; ".join([result.error or f"it is back at {short(matching[0])}, but", *updater.troubles])
+                return replace(result, well=False, error=words) if updater.troubles else result
             except HostError:
                 discard(part)
                 raise

@@ -336,8 +336,9 @@ def main() -> None:
 
         kill_all()
         code = 128 + error.signum
-    try:
-        sys.stdout.flush()
-    except OSError:  # nobody reads any more; the interpreter would try again at its end, and exit 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for fd, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads any more; the interpreter would try again at its end, and exit 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
     sys.exit(code if isinstance(code, int) else 0)

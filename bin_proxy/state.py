@@ -235,7 +235,8 @@ class State:
                 raise ValueError(f"it is of {found.name[:140]!r}")
             return found
         except FileNotFoundError:
-            pass
+            if os.path.islink(path):
+                self.unreadable.append((file, "it is a link that leads nowhere"))
         except OSError as error:
             raise host_error(f"read {path}", error) from error
         except ValueError as error:
@@ -257,10 +258,13 @@ class State:
         for file, why in self.unreadable:
             path = os.path.join(self.folder, file)
             try:
-                aside = f"{path}.unreadable-{os.stat(path).st_ino}"
+                aside = f"{path}.unreadable-{os.lstat(path).st_ino}"
                 if os.path.lexists(aside):
                     continue
-                (os.link if file.startswith("journal/") else os.rename)(path, aside)
+                if file.startswith("journal/"):
+                    os.link(path, aside, follow_symlinks=False)
+                else:
+                    os.rename(path, aside)
             except OSError as error:
                 raise host_error(f"set the unreadable {path} aside", error) from error
             lines.append(f"{path} cannot be read ({why}); kept as {aside}")

@@ -283,7 +283,8 @@ class Sync:
             finally:
                 self.state.save()
         except HostError as error:
-            self.troubles.append(str(error))
+            self._updater.troubles.append(str(error))
+        self.troubles += dict.fromkeys(self._updater.troubles)
         for kept in (self.state.cache.answers, self.state.cache.outcomes):
             for name in kept.keys() - self._binaries.keys():
                 kept.pop(name)

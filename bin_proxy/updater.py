@@ -36,6 +36,7 @@ class Updater:
         self._tell, self._log = report.tell, report.log
         self._supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, report.detail)
         self._backups = Backups(settings.state_dir)
+        self.troubles: list[str] = []  # with the manifest, which undo nothing
 
     def preflight(self, binary: Binary, slot: Slot) -> None:
         """All that can be known of the host before a download.
@@ -153,12 +154,13 @@ class Updater:
     def _close(self, record: Record, installed: Slot, result: Result) -> Result:
         """Make what was decided durable, and only then forget the record; trouble here undoes nothing."""
         try:
-            try:
-                record_md5s(self._settings.manifest, {record.name: installed.md5 or ""})
-            finally:
-                self._prune(record, installed)
-                self._state.save()
-                self._state.close_record(record.name)
+            record_md5s(self._settings.manifest, {record.name: installed.md5 or ""})
+        except HostError as error:
+            self.troubles.append(str(error))
+        try:
+            self._prune(record, installed)
+            self._state.save()
+            self._state.close_record(record.name)
         except HostError as error:
             told = f"{result.error or f'release {short(record.new)} is installed'}, but: {error}"
             return replace(result, well=False, error=told, kind=result.kind or "host")
