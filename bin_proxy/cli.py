@@ -82,9 +82,9 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg]  # generic from click
     name = "seconds"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """A number of seconds, up to a week."""
+        """A number of seconds."""
         try:
-            return number(0, 604800)(str(value))
+            return number(0, 1e9)(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

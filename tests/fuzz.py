@@ -136,7 +136,7 @@ def parse_state(raw: bytes) -> None:
             state.save()
             state.save_cache()
             again = State(folder, ("manager",))
-            assert again.unreadable == []
+            assert again.unreadable == [] or file.startswith("journal/")  # a record stays until it is resolved
 
 
 def parse_supervisor(raw: bytes) -> None:

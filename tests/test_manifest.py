@@ -155,7 +155,7 @@ BAD: list[tuple[str, Any]] = [
         for value in ["", "h:80", "ftp://h", "http://", "http://h:x/", "http://h:70000", 1]
     ),
     *(("healthCheck", {"http": value}) for value in ["http://h/a b", "http://[::1/", None, ["http://h"]]),
-    *(("healthCheck", {"command": value}) for value in ["ping", [], [""], ["a", 1], ["a", None], None, {}, ["a\n"]]),
+    *(("healthCheck", {"command": value}) for value in ["ping", [], [""], ["a", 1], ["a", None], None, {}, ["a\0"]]),
     *(
         (key, value)
         for key in ("minHealthySeconds", "healthTimeout")
