@@ -75,6 +75,7 @@ GOOD: list[tuple[str, Any, str, Any]] = [
     ("service", "web:*", "services", ("web:*",)),
     ("service", ["a", "b:c", "d:*"], "services", ("a", "b:c", "d:*")),
     ("healthCheck", {"command": ["/usr/local/bin/manager", "ping"]}, "health", ("/usr/local/bin/manager", "ping")),
+    ("healthCheck", {"command": ["/bin/sh", "-c", "a\nb"]}, "health", ("/bin/sh", "-c", "a\nb")),
     ("healthCheck", {"tcp": "127.0.0.1:8080"}, "health", "127.0.0.1:8080"),
     ("healthCheck", {"tcp": "[::1]:8080"}, "health", "[::1]:8080"),
     ("healthCheck", {"tcp": "localhost:65535"}, "health", "localhost:65535"),

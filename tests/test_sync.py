@@ -773,12 +773,12 @@ def test_a_splay_puts_an_update_off_without_sleeping(host: Host) -> None:
     offer(host, "tool")
     for _ in range(2):
         begun = time.monotonic()
-        done = host.sync("--splay", "100000000")
+        done = host.sync("--splay", "604800")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert time.monotonic() - begun < 30
     assert host.server.downloads == 0 and content(host, "tool") == b"tool1"
     assert len(host.log().splitlines()) == 1 and "tool" in host.log()
-    assert host.outcomes("--splay", "100000000") == {"tool": "waiting"}
+    assert host.outcomes("--splay", "604800") == {"tool": "waiting"}
     assert host.outcomes() == {"tool": "updated"}
 
 
@@ -793,7 +793,7 @@ def test_an_update_that_is_due_is_not_put_off_any_more(host: Host) -> None:
 def test_a_splay_does_not_hold_on_a_terminal(host: Host) -> None:
     """A person who runs it wants it now."""
     offer(host, "tool")
-    code, _ = on_terminal(host, "sync", "--splay", "100000000")
+    code, _ = on_terminal(host, "sync", "--splay", "604800")
     assert code == 0 and content(host, "tool") == b"tool2"
 
 
