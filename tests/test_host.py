@@ -916,7 +916,8 @@ def test_a_state_file_cut_at_every_byte(host: Host) -> None:
     make_held(host)
     for file in ("state.json", "cache.json"):
         raw = (host.state / file).read_bytes()
-        for length in range(len(raw)):
+        # An empty cache is what a power loss leaves, as nobody waits for the disk to have it: no news for anybody.
+        for length in range(1 if file == "cache.json" else 0, len(raw)):
             write_state(host, file, raw[:length])
             state = State(str(host.state), ("manager",))
             assert [name for name, _ in state.unreadable] == [file]
