@@ -1,6 +1,6 @@
 """Kills or fails the real command line at every system call that changes a file of the host, one after another.
 
-    python -m tests.sweep --full                      every point of every kind, about half an hour on two cores
+    python -m tests.sweep --full                      every point of every kind, over an hour on two cores
     python -m tests.sweep --kind kill --sample 20     20 points of one kind, drawn with a fixed seed
 
 A run is recorded with strace first; each recorded call that changes a file of the host is a point. Then the same run is
