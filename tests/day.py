@@ -460,6 +460,8 @@ class Day:
             return
         self.check(outcome != "failed" or binary.excused, f"{told}: nothing was wrong")
         self.check(outcome != "rolled-back" or binary.excused or binary.kinds[row["toMd5"]] == "bad", told)
+        if outcome == "rolled-back" and not binary.excused:
+            binary.held.append(row["toMd5"])  # its first failure holds it: it must not be fetched any more
         if outcome in ("current", "updated"):
             self.check(disk == binary.offered, told)
             self.check(entry["currentMd5"] == disk, f"{told}, {entry['currentMd5']} in the manifest")
