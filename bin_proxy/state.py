@@ -339,13 +339,16 @@ class State:
             self._write("state.json", text)
             self._saved = text
 
-    def save_cache(self) -> None:
-        """Write the cache, without waiting for the disk.
+    def save_cache(self, *, durable: bool) -> None:
+        """Write the cache.
+
+        Args:
+            durable: wait for the disk, which a minute in which nothing changed need not.
 
         Raises:
             HostError: it is as it was.
         """
-        self._write("cache.json", json.dumps({"version": VERSION, **vars(self.cache)}), durable=False)
+        self._write("cache.json", json.dumps({"version": VERSION, **vars(self.cache)}), durable=durable)
 
     def write_record(self, record: Record) -> None:
         """Make an update's record durable, new or changed.

@@ -305,7 +305,7 @@ class Sync:
         cache.last_sync = [now, float(code)]
         self._report.troubles(results, self.troubles, cache, now)
         try:
-            self.state.save_cache()
+            self.state.save_cache(durable=any(result.seconds for result in results))
             if self._settings.metrics_file:
                 pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}
                 write_metrics(self._settings.metrics_file, cache, list(self._binaries), pauses)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.host import Host, running_host
 from tests.sweep import SCENARIOS, Bench
+
+# Who runs the tests in the background of a shell has SIGINT ignored, and so would have every program started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def require(*programs: str) -> None:

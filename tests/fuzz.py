@@ -52,7 +52,7 @@ def state_files() -> dict[str, bytes]:
         state.cache.troubles["manager host "] = [1.0, 2.0, "text"]
         state.cache.outcomes["manager"] = "current"
         state.cache.last_sync = [1.0, 0.0]
-        state.save_cache()
+        state.save_cache(durable=False)
         processes = {"manager": 7}
         state.write_record(Record("manager", "/bin/manager", None, MD5, 1, processes, True, False, "sync", 1.0))
         paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
@@ -134,7 +134,7 @@ def parse_state(raw: bytes) -> None:
             assert len(state.set_aside()) == len(unreadable)
             state.prepare()
             state.save()
-            state.save_cache()
+            state.save_cache(durable=False)
             again = State(folder, ("manager",))
             # That an update was begun must not be lost, so its record stays until it is resolved.
             assert [name for name, _ in again.unreadable] == [name for name in unreadable if "journal" in name]
