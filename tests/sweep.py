@@ -148,9 +148,10 @@ def _first_at(calls: list[Call], name: str, paths: tuple[str, ...], nth: int) ->
 
 
 _WATCHER = """
-import hashlib, sys, time
+import hashlib, select, sys
 last = None
 while True:
+    asked = select.select([sys.stdin], [], [], 0.004)[0] and sys.stdin.readline()
     try:
         with open(sys.argv[1], "rb") as file:
             seen = hashlib.md5(file.read()).hexdigest()
@@ -159,7 +160,8 @@ while True:
     if seen != last:
         print(seen, flush=True)
         last = seen
-    time.sleep(0.004)
+    if asked:
+        print("now", flush=True)
 """
 
 
@@ -169,7 +171,10 @@ class Watcher:
     def __init__(self, path: Path) -> None:
         self._seen: list[str] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _WATCHER, str(path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-I", "-S", "-c", _WATCHER, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -180,8 +185,13 @@ class Watcher:
             self._seen.append(line.strip())
 
     def forget(self) -> None:
-        """Begin anew."""
-        del self._seen[:-1]
+        """Begin anew, with what a look that begins after this call finds."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        eventually(lambda: "now" in self._seen)
+        at = self._seen.index("now")
+        self._seen[: at + 1] = self._seen[at - 1 : at]
 
     def seen(self) -> list[str]:
         """The MD5s since `forget`, the one at that time included."""
@@ -191,7 +201,9 @@ class Watcher:
         self._process.kill()
         self._process.wait()
         self._thread.join()
+        assert self._process.stdin
         assert self._process.stdout
+        self._process.stdin.close()
         self._process.stdout.close()
 
 
@@ -397,7 +409,6 @@ class Bench:
     def begin(self) -> Goal:
         """Make the situation, and begin to watch."""
         goal = self.scenario.prepare(self)
-        eventually(lambda: self.watcher.seen()[-1:] == [self.disk()])
         self.watcher.forget()
         return goal
 
