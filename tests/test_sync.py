@@ -612,9 +612,11 @@ def test_those_that_are_ready_are_activated_in_the_manifests_order(host: Host) -
     """With all downloads there, the log tells the updates in the order of the manifest."""
     names = ["d", "b", "e", "a", "c"]
     offer(host, "first", *names)
-    # Each verification takes its time: while the first one is activated, all others become ready, in any order.
-    wait = {"verifyCommand": ["/bin/sh", "-c", "sleep 1"]}
-    host.write_manifest(tool("first", healthCheck={"command": ["/bin/sleep", "3"]}), *(tool(n, **wait) for n in names))
+    # Each verification takes its time: all are under way before the first one is activated, and become ready, in any
+    # order, while it is.
+    first = {"verifyCommand": ["/bin/sh", "-c", "sleep 1"], "healthCheck": {"command": ["/bin/sleep", "6"]}}
+    wait = {"verifyCommand": ["/bin/sh", "-c", "sleep 2"]}
+    host.write_manifest(tool("first", **first), *(tool(n, **wait) for n in names))
     done = host.sync(HEALTH_TIMEOUT="20", MIN_HEALTHY_SECONDS="0")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.findall(r"\] (\w+): updated", host.log()) == ["first", *names]
