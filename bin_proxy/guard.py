@@ -63,13 +63,11 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
     holder = os.path.join(state_dir, "running.json")
     try:
         make_folder(state_dir, 0o755)
-        folders = [
-            folder for name in ("", "journal", "backups") if os.path.isdir(folder := os.path.join(state_dir, name))
-        ]
-        if faults := [fault for folder in folders for fault in untrusted(folder, folder=True)]:
-            raise UsageError(
-                *dict.fromkeys(faults)
-            )  # whoever writes a record there says which file is replaced by which
+        # Whoever writes a record there says which file is replaced by which.
+        folders = [os.path.join(state_dir, name) for name in ("", "journal", "backups")]
+        faults = [fault for folder in folders if os.path.isdir(folder) for fault in untrusted(folder, folder=True)]
+        if faults:
+            raise UsageError(*dict.fromkeys(faults))
         # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
         lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o600, fallback_to_soft=False)
         lock.acquire(timeout=wait, poll_interval=0.2)
