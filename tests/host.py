@@ -225,3 +225,23 @@ def running_host(*names: str, tag: str = "v1", **options: str) -> Iterator[Host]
         yield host
     finally:
         host.close()
+
+
+@contextmanager
+def running(host: Host, *arguments: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    """`bin-proxy` in the background; what is still running at the end is ended."""
+    process = subprocess.Popen(
+        host.command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=host.environment(**settings),
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -17,7 +17,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bin_proxy.cli import cli
 from bin_proxy.plan import splay_delay
 from tests.conftest import require, require_root
-from tests.host import Host, dies_at_once, eventually, good, md5, running_host
+from tests.host import Host, dies_at_once, eventually, good, md5, running, running_host
 from tests.server import BinManagerServer, Handler
 
 REPOSITORY = Path(__file__).parent.parent
@@ -67,25 +67,6 @@ def tree(folder: Path) -> dict[str, Any]:
         content = path.read_bytes() if path.is_file() else None
         found[str(path)] = (about.st_mode, about.st_uid, about.st_ino, about.st_mtime_ns, content)
     return found
-
-
-@contextmanager
-def started(host: Host, *arguments: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
-    """bin-proxy running meanwhile, off a terminal."""
-    process = subprocess.Popen(
-        host.command(*arguments),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-        env=host.environment(**settings),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def on_terminal(host: Host, *arguments: str, columns: int = 80, until: str = "", **settings: str) -> tuple[int, str]:
@@ -314,7 +295,7 @@ def test_updating_and_interrupted() -> None:
     with running_host("manager", stopwaitsecs="3") as host:
         exchange(host, "manager", stubborn("v1"))
         host.server.publish("manager", good("v2"))
-        with started(host, "sync", MIN_HEALTHY_SECONDS="100") as sync:
+        with running(host, "sync", MIN_HEALTHY_SECONDS="100") as sync:
             eventually(lambda: host.service_state("manager") == "STOPPING")
             row = status(host)["manager"]
             assert row["state"] == "updating" and row["service"]["name"] == "manager"
@@ -502,7 +483,7 @@ def test_pause_during_a_sync(host: Host) -> None:
     host.server.publish("a", good("v2", 200_000))
     host.server.always[BinManagerServer.download_path("a")] = drip(3)
     host.write_manifest({"name": "a", **FILE})
-    with started(host, "sync", "--json") as sync:
+    with running(host, "sync", "--json") as sync:
         eventually(lambda: any("download" in path for path, _ in host.server.requests))
         done = host.run("pause", "a", "--reason", "not now")
         assert done.returncode == 0

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import require, require_root
-from tests.host import Host, dies_at_once, eventually, good, md5, running_host
+from tests.host import Host, dies_at_once, eventually, good, md5, running, running_host
 from tests.server import Handler
 
 REPOSITORY = Path(__file__).parent.parent
@@ -104,26 +104,6 @@ def slowly(chunks: int, pause: float) -> Callable[[Handler], bool]:
         return False
 
     return send
-
-
-@contextmanager
-def running(host: Host, *arguments: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
-    """`bin-proxy` in the background; what is still running at the end is ended."""
-    process = subprocess.Popen(
-        host.command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        cwd=REPOSITORY,
-        env=host.environment(**settings),
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def on_terminal(
