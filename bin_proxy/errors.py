@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BinProxyError(Exception):
     """Root of all that bin-proxy raises on purpose; str() is one line for the operator."""
@@ -81,6 +84,15 @@ def host_error(doing: str, error: OSError) -> HostError:
     """Say a failed system call in one line: what was being done, to which file, why it failed."""
     where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
     return HostError(f"cannot {doing}: {error.strerror or error}{where}")
+
+
+@contextmanager
+def host_errors(doing: str) -> Iterator[None]:
+    """Turn the OSError of a system call within it into a HostError; see `host_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise host_error(doing, error) from error
 
 
 def clean(text: str) -> str:

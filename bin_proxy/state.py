@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bin_proxy.atomic import fsync_folder, make_folder, temporary_of, write_atomically
-from bin_proxy.errors import host_error
+from bin_proxy.errors import host_errors
 from bin_proxy.manifest import parse_json
 
 VERSION = 1
@@ -159,39 +159,27 @@ class Cache:
     last_sync: list[float] = field(default_factory=list)
 
 
-@dataclass
-class _Memories:
-    """state.json."""
-
-    memories: dict[str, Memory] = field(default_factory=dict)
-
-
-@dataclass
-class _Pauses:
-    """pauses.json."""
-
-    pauses: dict[str, Pause] = field(default_factory=dict)
-
-
 def decode(kind: Any, value: Any) -> Any:
     """Build a value of the type `kind`, dataclasses included, from what JSON gave.
 
     Raises:
         ValueError: it is of another shape.
     """
-    arguments = get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        for choice in arguments:
+            with suppress(ValueError):
+                return decode(choice, value)
+    elif origin is list and isinstance(value, list):
+        return [decode(arguments[0], item) for item in value]
+    elif origin is dict and isinstance(value, dict):
+        return {key: decode(arguments[1], item) for key, item in value.items()}
+    elif is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         if value.keys() == hints.keys():
-            return kind(**{key: decode(hint, value[key]) for key, hint in hints.items()})
-    elif get_origin(kind) is list and isinstance(value, list):
-        return [decode(arguments[0], item) for item in value]
-    elif get_origin(kind) is dict and isinstance(value, dict):
-        return {key: decode(arguments[1], item) for key, item in value.items()}
-    elif type(value) in (arguments or (kind,)) or (type(value) is int and float in (arguments or (kind,))):
+            return kind(**{key: decode(hint, value[key]) for key, hint in hints.items()})  # type: ignore[operator]
+    elif type(value) is kind or (kind is float and type(value) is int):
         return value
-    elif arguments and is_dataclass(arguments[0]) and get_origin(kind) is UnionType and value is not None:
-        return decode(arguments[0], value)
     raise ValueError("it is not what bin-proxy writes")
 
 
@@ -206,42 +194,43 @@ class State:
     def __init__(self, folder: str, known: tuple[str, ...]) -> None:
         self.folder = folder
         self.unreadable: list[tuple[str, str]] = []
-        self.cache: Cache = self._load("cache.json", Cache)
-        self._memories: dict[str, Memory] = self._load("state.json", _Memories).memories
+        self.cache: Cache = self._load("cache.json", Cache) or Cache()
+        found = self._load("state.json", dict[str, dict[str, Memory]]) or {}
+        self._memories: dict[str, Memory] = found.get("memories", {})
         if any(file == "state.json" for file, _ in self.unreadable):
             answers = self.cache.answers
             self._memories = {name: Memory(lost=str(answers[name][1]) if name in answers else "*") for name in known}
-        self._saved = self._state_text()
+        self._saved = self._remembered()
         self.load_pauses()
         self.records: dict[str, Record | None] = {}
         with suppress(FileNotFoundError):
-            for file in sorted(os.listdir(os.path.join(folder, "journal"))):
+            for file in sorted(os.listdir(self._path("journal"))):
                 if file.endswith(".json"):
                     self.records[file.removesuffix(".json")] = self._load(f"journal/{file}", Record)
 
+    def _path(self, file: str) -> str:
+        return os.path.join(self.folder, file)
+
     def _load(self, file: str, kind: Any) -> Any:
-        """The file's content; where it is absent or unreadable, an empty `kind` (None for a record)."""
-        path = os.path.join(self.folder, file)
+        """The file's content; None where it is absent, or unreadable, which is noted."""
+        path = self._path(file)
         try:
-            with open(path, "rb") as opened:
+            with host_errors(f"read {path}"), suppress(FileNotFoundError), open(path, "rb") as opened:
                 raw = opened.read(_LARGEST)
-            if not raw and kind is Cache:  # nobody waited for the disk to have it, and the power failed
-                return Cache()
-            data = parse_json(raw.decode())
-            if not isinstance(data, dict) or data.pop("version", None) != VERSION:
-                raise ValueError("it is of another version of bin-proxy")
-            found = decode(kind, data)
-            if kind is Record and file != f"journal/{found.name}.json":
-                raise ValueError(f"it is of {found.name[:140]!r}")
-            return found
-        except FileNotFoundError:
+                if not raw and kind is Cache:  # nobody waited for the disk to have it, and the power failed
+                    return None
+                data = parse_json(raw.decode())
+                if not isinstance(data, dict) or data.pop("version", None) != VERSION:
+                    raise ValueError("it is of another version of bin-proxy")
+                found = decode(kind, data)
+                if kind is Record and file != f"journal/{found.name}.json":
+                    raise ValueError(f"it is of {found.name[:140]!r}")
+                return found
             if os.path.islink(path):
-                self.unreadable.append((file, "it is a link that leads nowhere"))
-        except OSError as error:
-            raise host_error(f"read {path}", error) from error
+                raise ValueError("it is a link that leads nowhere")
         except ValueError as error:
             self.unreadable.append((file, str(error)))
-        return None if kind is Record else kind()
+        return None
 
     def set_aside(self) -> list[str]:
         """Keep each unreadable file under another name, told once and in nobody's way.
@@ -256,8 +245,8 @@ class State:
         """
         lines = []
         for file, why in self.unreadable:
-            path = os.path.join(self.folder, file)
-            try:
+            path = self._path(file)
+            with host_errors(f"set the unreadable {path} aside"):
                 aside = f"{path}.unreadable-{os.lstat(path).st_ino}"
                 if os.path.lexists(aside):
                     continue
@@ -265,11 +254,9 @@ class State:
                     os.link(path, aside, follow_symlinks=False)
                 else:
                     os.rename(path, aside)
-            except OSError as error:
-                raise host_error(f"set the unreadable {path} aside", error) from error
             lines.append(f"{path} cannot be read ({why}); kept as {aside}")
             if file == "state.json":
-                self._saved = ""
+                self._saved = {}
             if file == "pauses.json":
                 lines[-1] += "; all binaries are paused until bin-proxy resume"
                 self.pauses["*"] = Pause("what was paused could not be read", time.time(), None)
@@ -283,18 +270,15 @@ class State:
         Raises:
             HostError: STATE_DIR is not to be had.
         """
-        try:
-            make_folder(os.path.join(self.folder, "journal"), 0o755)
-            make_folder(os.path.join(self.folder, "backups"), 0o700)
-            for folder in ("", "journal"):
-                with os.scandir(os.path.join(self.folder, folder)) as entries:
-                    for stray in [entry.path for entry in entries if entry.name.endswith(".tmp")]:
-                        if stray != temporary_of(
-                            os.path.join(self.folder, "pauses.json")
-                        ):  # an operator may be writing it right now
-                            os.unlink(stray)
-        except OSError as error:
-            raise host_error(f"use the state folder {self.folder}", error) from error
+        with host_errors(f"use the state folder {self.folder}"):
+            make_folder(self._path("journal"), 0o755)
+            make_folder(self._path("backups"), 0o700)
+            strays = [self._path(file) for file in os.listdir(self.folder)]
+            strays += [self._path(f"journal/{file}") for file in os.listdir(self._path("journal"))]
+            being_written = temporary_of(self._path("pauses.json"))  # by an operator, right now
+            for stray in strays:
+                if stray.endswith(".tmp") and stray != being_written:
+                    os.unlink(stray)
 
     def memory(self, name: str) -> Memory:
         """What is remembered of a binary; changes to it are kept by `save`."""
@@ -306,7 +290,8 @@ class State:
 
     def load_pauses(self) -> None:
         """Read the operator's pauses, which may have come while a sync was at work."""
-        self.pauses: dict[str, Pause] = self._load("pauses.json", _Pauses).pauses
+        found = self._load("pauses.json", dict[str, dict[str, Pause]]) or {}
+        self.pauses: dict[str, Pause] = found.get("pauses", {})
 
     def save_pauses(self) -> None:
         """Make the operator's pauses durable.
@@ -314,7 +299,7 @@ class State:
         Raises:
             HostError: they are as they were.
         """
-        self._write("pauses.json", json.dumps({"version": VERSION, **asdict(_Pauses(self.pauses))}))
+        self._write("pauses.json", {"pauses": {name: asdict(pause) for name, pause in self.pauses.items()}})
 
     def pause_of(self, name: str, now: float) -> tuple[Pause | None, str]:
         """The operator's pause of a binary, or of the whole host, in force at Unix time `now`, and what ends it."""
@@ -324,20 +309,19 @@ class State:
                 return pause, f"{what} ends it"
         return None, ""
 
-    def _state_text(self) -> str:
-        known = _Memories({name: memory for name, memory in self._memories.items() if memory != Memory()})
-        return json.dumps({"version": VERSION, **asdict(known)})
+    def _remembered(self) -> dict[str, Any]:
+        return {name: asdict(memory) for name, memory in self._memories.items() if memory != Memory()}
 
     def save(self) -> None:
-        """Make memories and pauses durable, if they changed.
+        """Make the memories durable, if they changed.
 
         Raises:
             HostError: they are as they were.
         """
-        text = self._state_text()
-        if text != self._saved:
-            self._write("state.json", text)
-            self._saved = text
+        memories = self._remembered()
+        if memories != self._saved:
+            self._write("state.json", {"memories": memories})
+            self._saved = memories
 
     def save_cache(self, *, durable: bool) -> None:
         """Write the cache.
@@ -348,7 +332,7 @@ class State:
         Raises:
             HostError: it is as it was.
         """
-        self._write("cache.json", json.dumps({"version": VERSION, **vars(self.cache)}), durable=durable)
+        self._write("cache.json", vars(self.cache), durable=durable)
 
     def write_record(self, record: Record) -> None:
         """Make an update's record durable, new or changed.
@@ -356,7 +340,7 @@ class State:
         Raises:
             HostError: it is as it was.
         """
-        self._write(f"journal/{record.name}.json", json.dumps({"version": VERSION, **asdict(record)}))
+        self._write(f"journal/{record.name}.json", asdict(record))
         self.records[record.name] = record
 
     def close_record(self, name: str) -> None:
@@ -365,18 +349,14 @@ class State:
         Raises:
             HostError: it may still be there.
         """
-        path = os.path.join(self.folder, "journal", f"{name}.json")
-        try:
+        path = self._path(f"journal/{name}.json")
+        with host_errors(f"close the record {path}"):
             with suppress(FileNotFoundError):
                 os.unlink(path)
             fsync_folder(os.path.dirname(path))
-        except OSError as error:
-            raise host_error(f"close the record {path}", error) from error
         self.records.pop(name, None)
 
-    def _write(self, file: str, text: str, *, durable: bool = True) -> None:
-        path = os.path.join(self.folder, file)
-        try:
-            write_atomically(path, text.encode(), durable=durable)
-        except OSError as error:
-            raise host_error(f"write {path}", error) from error
+    def _write(self, file: str, content: dict[str, Any], *, durable: bool = True) -> None:
+        path = self._path(file)
+        with host_errors(f"write {path}"):
+            write_atomically(path, json.dumps({"version": VERSION, **content}).encode(), durable=durable)

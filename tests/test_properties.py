@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,26 @@ def test_what_is_almost_right(name: str) -> None:
 def test_a_state_file_in_which_one_value_is_another(file: str, at: int, drawn: Any) -> None:
     """One value of a real state file, at any depth, replaced by any JSON: set aside, or read as what it is."""
     parse_state(json.dumps(_one_changed(json.loads(STATE_FILES[file]), drawn, [at])).encode())
+
+
+def _with_a_word(value: Any) -> Iterator[Any]:
+    """The value as often as there are lists and objects in it, each time with a word in the place of one of them."""
+    if isinstance(value, (list, dict)):
+        yield "word"
+        for key in value if isinstance(value, dict) else range(len(value)):
+            for changed in _with_a_word(value[key]):
+                copy = value.copy()
+                copy[key] = changed
+                yield copy
+
+
+@pytest.mark.parametrize("file", STATE_FILES)
+def test_a_state_file_with_a_word_where_a_list_or_an_object_belongs_is_unreadable(file: str, tmp_path: Path) -> None:
+    """A word is a sequence, too, so it would be worked through letter by letter."""
+    for content in _with_a_word(json.loads(STATE_FILES[file])):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(content))
+        assert [name for name, _ in State(str(tmp_path), ("manager",)).unreadable] == [file], content
 
 
 @relaxed
