@@ -5,32 +5,31 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 # They describe the bytes of the file they stand on, so they must not travel to other bytes.
 _ABOUT_THE_BYTES = {"security.ima", "security.evm"}
 
 
-def fsync_folder(folder: str) -> None:
-    """Make the names in `folder` survive a power loss.
-
-    Raises:
-        OSError: the folder cannot be opened or synced.
-    """
-    fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+@contextmanager
+def opened(path: str, flags: int = os.O_RDONLY | os.O_NOFOLLOW) -> Iterator[int]:
+    """A file descriptor of `path` itself, never through a link; closed at the end."""
+    fd = os.open(path, flags | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
 
 
-def make_folder(path: str, mode: int) -> None:
-    """Make a folder, and those above it, if it is absent, so that it survives a power loss.
+def fsync_folder(folder: str) -> None:
+    """Make the names in `folder` survive a power loss."""
+    with opened(folder or ".", os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)
 
-    Raises:
-        OSError: it cannot be made.
-    """
+
+def make_folder(path: str, mode: int) -> None:
+    """Make a folder, and those above it, if it is absent, so that it survives a power loss."""
     if os.path.isdir(path):
         return
     make_folder(os.path.dirname(path), 0o755)
@@ -43,35 +42,20 @@ def create_private(path: str) -> int:
     """Create `path` anew, 0600, never through a link and never on top of what lies there.
 
     Returns:
-        an open file descriptor, for reading and writing.
-
-    Raises:
-        OSError: what lies there cannot be removed, or the file cannot be made.
+        a file descriptor for reading and writing.
     """
     with suppress(FileNotFoundError):
         os.unlink(path)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write every byte of `data`; os.write may write fewer.
-
-    Raises:
-        OSError: a write failed.
-    """
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
 def _xattrs(file: str | int) -> dict[str, bytes]:
     try:
-        names = os.listxattr(file)
+        return {name: os.getxattr(file, name) for name in os.listxattr(file) if name not in _ABOUT_THE_BYTES}
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENOSYS):
             return {}
         raise
-    return {name: os.getxattr(file, name) for name in names if name not in _ABOUT_THE_BYTES}
 
 
 def copy_attributes(source: str, fd: int) -> None:
@@ -79,18 +63,14 @@ def copy_attributes(source: str, fd: int) -> None:
 
     chown erases set-id bits and capabilities (chown(2)), so it comes first; an ACL that the folder
     bequeathed hides the group's real mode, so it goes before chmod.
-
-    Raises:
-        OSError: one of them cannot be read or given.
     """
-    wanted_stat, given = os.stat(source), os.fstat(fd)
-    wanted, have = _xattrs(source), _xattrs(fd)
-    if (wanted_stat.st_uid, wanted_stat.st_gid) != (given.st_uid, given.st_gid):
-        os.fchown(fd, wanted_stat.st_uid, wanted_stat.st_gid)
-        have = _xattrs(fd)
+    status, given, wanted = os.stat(source), os.fstat(fd), _xattrs(source)
+    if (status.st_uid, status.st_gid) != (given.st_uid, given.st_gid):
+        os.fchown(fd, status.st_uid, status.st_gid)
+    have = _xattrs(fd)
     for name in have.keys() - wanted.keys():
         os.removexattr(fd, name)
-    os.fchmod(fd, stat.S_IMODE(wanted_stat.st_mode))
+    os.fchmod(fd, stat.S_IMODE(status.st_mode))
     for name, value in wanted.items():
         if have.get(name) != value:
             os.setxattr(fd, name, value)
@@ -122,25 +102,24 @@ def write_atomically(
     """
     temporary = temporary_of(path)
     try:
-        fd = create_private(temporary)
-        try:
-            write_all(fd, data)
-            if like is None:
-                os.fchmod(fd, 0o644)
+        with open(create_private(temporary), "wb") as file:
+            file.write(data)
+            file.flush()
+            if like:
+                copy_attributes(like, file.fileno())
             else:
-                copy_attributes(like, fd)
+                os.fchmod(file.fileno(), 0o644)
             if durable:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        if not still():
-            os.unlink(temporary)
-            return False
-        os.replace(temporary, path)
+                os.fsync(file.fileno())
+        replaced = still()
+        if replaced:
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    if durable:
+    if not replaced:
+        os.unlink(temporary)
+    elif durable:
         fsync_folder(os.path.dirname(path))
-    return True
+    return replaced

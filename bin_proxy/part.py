@@ -11,8 +11,8 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from bin_proxy.atomic import create_private, write_all
-from bin_proxy.errors import CorruptDownload, HostError, host_error
+from bin_proxy.atomic import create_private
+from bin_proxy.errors import CorruptDownload, HostError, host_errors
 
 if TYPE_CHECKING:
     from bin_proxy.bin_manager import Release
@@ -35,16 +35,14 @@ class Space:
         Raises:
             HostError: 64 MiB, or 5 % of the filesystem where that is less, would not stay free.
         """
-        try:
+        with host_errors(f"look at {folder}"):
             device, numbers = os.stat(folder).st_dev, os.statvfs(folder)
-        except OSError as error:
-            raise host_error(f"look at {folder}", error) from error
         free = numbers.f_bavail * numbers.f_frsize
         spare = min(_SPARE, numbers.f_blocks * numbers.f_frsize // 20)
         with self._lock:
-            others = sum(left for other, (where, left) in self._claims.items() if where == device and other != key)
-            if amount > 0 and free - others - amount < spare:
-                text = f"{free - others:,} bytes are free, {amount:,} are needed and {spare:,} stay spare"
+            free -= sum(left for other, (where, left) in self._claims.items() if where == device and other != key)
+            if amount > 0 and free - amount < spare:
+                text = f"{free:,} bytes are free, {amount:,} are needed and {spare:,} stay spare"
                 raise HostError(f"no space in {folder}: {text}")
             self._claims[key] = (device, amount)
 
@@ -76,19 +74,20 @@ class Part:
 
     def __init__(self, path: str, release: Release, largest: int, space: Space) -> None:
         self.path, self._release, self._largest, self._space = path, release, largest, space
-        self.offset, self.total, self._claimed = 0, release.size, 0
-        try:
+        self._wanted = {"MD5": release.md5, **({"sha256": release.sha256} if release.sha256 else {})}
+        self._chunks: queue.Queue[bytes] = queue.Queue(8)
+        with host_errors(f"open {path}"):
             self._fd = self._open()
-        except OSError as error:
-            raise host_error(f"open {path}", error) from error
         self._forget()
+        threading.Thread(target=self._hash, daemon=True).start()
         try:
-            while chunk := os.read(self._fd, _CHUNK):
-                self.offset += len(chunk)
-                self._feed(chunk)
-        except OSError as error:
+            with host_errors(f"read {path}"):
+                while chunk := os.read(self._fd, _CHUNK):
+                    self.offset += len(chunk)
+                    self._chunks.put(chunk)
+        except HostError:
             self.close()
-            raise host_error(f"read {path}", error) from error
+            raise
         self.resumed, self._sent = self.offset > 0, self.offset
 
     def _open(self) -> int:
@@ -107,29 +106,18 @@ class Part:
         return create_private(self.path)
 
     def _forget(self) -> None:
-        self._digests = [hashlib.md5(usedforsecurity=False)]
-        if self._release.sha256:
-            self._digests.append(hashlib.sha256())
-        self._thread: threading.Thread | None = None
-
-    def _feed(self, chunk: bytes) -> None:
-        if self._thread is None:
-            self._chunks: queue.Queue[bytes] = queue.Queue(8)
-            self._thread = threading.Thread(target=self._hash, daemon=True)
-            self._thread.start()
-        self._chunks.put(chunk)
+        self._digests = [hashlib.new(name, usedforsecurity=False) for name in self._wanted]
+        self.offset, self.total, self._claimed, self._sent, self.resumed = 0, self._release.size, 0, 0, False
 
     def _hash(self) -> None:
         while chunk := self._chunks.get():
             for digest in self._digests:
                 digest.update(chunk)
+            self._chunks.task_done()
 
-    def _hashed(self) -> list[str]:
-        if self._thread is not None:
-            self._chunks.put(b"")
-            self._thread.join()
-            self._thread = None
-        return [digest.hexdigest() for digest in self._digests]
+    def _hashed(self) -> dict[str, str]:
+        self._chunks.join()
+        return {name: digest.hexdigest() for name, digest in zip(self._wanted, self._digests, strict=True)}
 
     def expect(self, total: int) -> None:
         """Refuse a download of `total` bytes in all that is too large or finds no space, before it is written."""
@@ -139,44 +127,49 @@ class Part:
         self._space.claim(self.path, os.path.dirname(self.path), total - self.offset)
 
     def write(self, chunk: bytes) -> None:
-        """Append, and hash alongside."""
-        if self.offset + len(chunk) > (self.total if self.total is not None else self._largest):
-            if self.total is not None:
-                raise CorruptDownload(f"more bytes come than the {self.total:,} that were announced")
+        """Append, and hash alongside.
+
+        Raises:
+            CorruptDownload: it is more than was announced, or than is accepted.
+            HostError: it cannot be written, or there is no space for it.
+        """
+        end = self.offset + len(chunk)
+        if self.total is not None and end > self.total:
+            raise CorruptDownload(f"more bytes come than the {self.total:,} that were announced")
+        if end > self._largest:
             raise CorruptDownload(f"more bytes come than the {self._largest:,} that MAX_DOWNLOAD_MIB allows")
-        if self.total is None and self.offset + len(chunk) > self._claimed:
-            self._claimed = self.offset + len(chunk) + 4 * _CHUNK
+        if self.total is None and end > self._claimed:
+            self._claimed = end + 4 * _CHUNK
             self._space.claim(self.path, os.path.dirname(self.path), self._claimed - self.offset)
-        try:
-            write_all(self._fd, chunk)
-        except OSError as error:
-            raise host_error(f"write {self.path}", error) from error
-        self.offset += len(chunk)
-        if self.offset - self._sent >= _WRITE_BACK:
+        with host_errors(f"write {self.path}"):
+            rest = memoryview(chunk)
+            while rest:  # os.write may write fewer
+                rest = rest[os.write(self._fd, rest) :]
+        self.offset = end
+        if end - self._sent >= _WRITE_BACK:
             # Begins to write these pages out and does not wait (posix_fadvise(2), mm/fadvise.c); being dirty, they stay
             # cached. The fsync at the end then finds little left.
             with suppress(OSError):
-                os.posix_fadvise(self._fd, self._sent, self.offset - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = self.offset
+                os.posix_fadvise(self._fd, self._sent, end - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = end
         self._space.used(self.path, len(chunk))
-        self._feed(chunk)
+        self._chunks.put(chunk)
 
     def restart(self) -> None:
-        """Forget all bytes."""
-        try:
+        """Forget all bytes.
+
+        Raises:
+            HostError: the file cannot be emptied.
+        """
+        with host_errors(f"empty {self.path}"):
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
-        except OSError as error:
-            raise host_error(f"empty {self.path}", error) from error
-        self._hashed()
+        self._chunks.join()
         self._forget()
-        self.offset, self.total, self._claimed, self._sent, self.resumed = 0, self._release.size, 0, 0, False
 
     def is_whole(self) -> bool:
         """Whether what is there already is the release, so that nothing need be fetched."""
-        if self._release.size not in (None, self.offset) or not self.offset:
-            return False
-        return self._hashed() == [word for word in (self._release.md5, self._release.sha256) if word]
+        return self.offset > 0 and self._release.size in (None, self.offset) and self._hashed() == self._wanted
 
     def verify(self) -> None:
         """Compare all bytes with what bin-manager told of the release.
@@ -185,9 +178,11 @@ class Part:
             CorruptDownload: they are not the release.
         """
         found = self._hashed()
-        for name, wanted, got in zip(("MD5", "sha256"), (self._release.md5, self._release.sha256), found, strict=False):
-            if wanted != got:
-                raise CorruptDownload(f"the {self.offset:,} bytes that came have the {name} {got}, not {wanted}")
+        for name, wanted in self._wanted.items():
+            if found[name] != wanted:
+                raise CorruptDownload(
+                    f"the {self.offset:,} bytes that came have the {name} {found[name]}, not {wanted}"
+                )
         if self._release.size not in (None, self.offset):
             raise CorruptDownload(f"{self.offset:,} bytes came, not {self._release.size:,}")
 
@@ -197,13 +192,11 @@ class Part:
         Raises:
             HostError: they cannot be made durable.
         """
-        try:
+        with host_errors(f"write {self.path}"):
             os.fsync(self._fd)
-        except OSError as error:
-            raise host_error(f"write {self.path}", error) from error
 
     def close(self) -> None:
         """Let go of the file and of the space; what was written stays."""
-        self._hashed()
+        self._chunks.put(b"")
         self._space.free(self.path)
         os.close(self._fd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from bin_proxy.state import Hold, Memory, Record, Retry
+from bin_proxy.state import Memory, Record, Retry
 
 STRIKES = 3
 _HOUR = 3600.0
@@ -92,7 +92,7 @@ def decide(
     now: float,
     *,
     retry_held: bool = False,
-    splay: tuple[float, float] | None = None,
+    splay: tuple[float, float] = (0.0, 0.0),
 ) -> Decision:
     """Decide what a sync does with one binary.
 
@@ -108,29 +108,22 @@ def decide(
         return Decision("current", True, "it is the release that bin-manager names")
     if not retry_held:
         held = next((hold for hold in memory.holds if hold.md5 == offered), None)
-        if held:
-            return _held(held)
-        if installed and memory.lost == offered:
-            return Decision(
-                "held", False, "the state file could not be read, so it may have been held before", "release"
-            )
+        if held and held.by == "operator":
+            return Decision("held", True, held.reason)
+        if held or (installed and memory.lost == offered):
+            lost = "the state file could not be read, so it may have been held before"
+            return Decision("held", False, held.reason if held else lost, "release")
         if memory.unwell and memory.unwell.md5 == offered:
             why = f"{memory.unwell.reason}; neither it nor the previous release runs"
             return Decision("waiting", False, why, "restart", memory.unwell.until)
         retry = memory.retries.get(offered)
         if retry and not is_due(retry.until, now):
             return Decision("waiting", False, retry.reason, retry.kind, retry.until)
-    if splay:
-        delay, longest = splay
-        due = memory.seen.get(offered, now) + delay
-        if not is_due(due, now, longest):
-            return Decision("waiting", True, "its time within the splay has not come", "", due)
+    delay, longest = splay
+    due = memory.seen.get(offered, now) + delay
+    if not is_due(due, now, longest):
+        return Decision("waiting", True, "its time within the splay has not come", "", due)
     return Decision("update", True, "bin-manager names another release" if installed else "it is not installed")
-
-
-def _held(hold: Hold) -> Decision:
-    by_operator = hold.by == "operator"
-    return Decision("held", by_operator, hold.reason, "" if by_operator else "release")
 
 
 def judge(fault: str, *, had_previous: bool, healthy_before: bool, came_back: bool | None, strikes: int) -> str:

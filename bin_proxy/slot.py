@@ -10,8 +10,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from bin_proxy.atomic import copy_attributes, create_private, fsync_folder, make_folder
-from bin_proxy.errors import HostError, host_error
+from bin_proxy.atomic import copy_attributes, create_private, fsync_folder, make_folder, opened
+from bin_proxy.errors import HostError, host_error, host_errors
 
 _CHUNK = 1024 * 1024
 # A file changed within the clock's granularity of its stat keeps its times; 2 s covers every filesystem.
@@ -62,7 +62,7 @@ def locate(path: str) -> tuple[str, os.stat_result | None]:
     return target, status
 
 
-def inspect(path: str, known: list[int | str] | None) -> Slot:
+def inspect(path: str, known: list[int | str] | None = None) -> Slot:
     """Locate a binary and find its MD5, by way of what `remember` returned where the file is unchanged since.
 
     Raises:
@@ -73,14 +73,11 @@ def inspect(path: str, known: list[int | str] | None) -> Slot:
         return Slot(target, None, None)
     if known and known[:-1] == identity(status):
         return Slot(target, status, str(known[-1]))
-    try:
-        with open(target, "rb") as file:
-            status = os.fstat(file.fileno())
-            digest = hashlib.md5(usedforsecurity=False)
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise host_error(f"read {target}", error) from error
+    digest = hashlib.md5(usedforsecurity=False)
+    with host_errors(f"read {target}"), open(target, "rb") as file:
+        status = os.fstat(file.fileno())
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return Slot(target, status, digest.hexdigest())
 
 
@@ -117,36 +114,23 @@ def discard(path: str) -> None:
     Raises:
         HostError: it is there and cannot be removed.
     """
-    try:
-        with suppress(FileNotFoundError):
+    with host_errors(f"remove {path}"), suppress(FileNotFoundError):
+        if os.path.lexists(path):  # on a read-only filesystem unlink complains of what is not there, too
             os.unlink(path)
-    except OSError as error:
-        raise host_error(f"remove {path}", error) from error
 
 
-def dress(part: str, target: str) -> None:
-    """Give the staged file what belongs to the file it replaces; where there is none, 0755.
+def swap(part: str, target: str) -> None:
+    """Give the staged file what belongs to the target (0755 where there is none), and put it in its place, durably.
 
     Raises:
-        OSError: one attribute cannot be given.
+        OSError: it was not done, or (from the folder's fsync) it was and may not survive a power loss.
     """
-    fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with opened(part) as fd:
         if os.path.lexists(target):
             copy_attributes(target, fd)
         else:
             os.fchmod(fd, 0o755)
         os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def swap(part: str, target: str) -> None:
-    """Put the staged file in the place of the target, at once and durably.
-
-    Raises:
-        OSError: it was not done, or (from the folder's fsync) it was and may not survive a power loss.
-    """
     os.replace(part, target)
     fsync_folder(os.path.dirname(target))
 
@@ -161,17 +145,16 @@ class Backups:
     def __init__(self, folder: str) -> None:
         self._root = os.path.join(folder, "backups")
 
-    def path(self, name: str, md5: str) -> str:
-        """Where the release `md5` of `name` is kept."""
-        return os.path.join(self._root, name, md5)
-
     def listed(self, name: str, order: list[str]) -> list[str]:
         """The MD5s that are kept, in `order` where it knows them, then as they lie there."""
+        there = sorted(entry for entry in self._entries(name) if not entry.endswith(".tmp"))
+        return [md5 for md5 in order if md5 in there] + [md5 for md5 in there if md5 not in order]
+
+    def _entries(self, name: str) -> list[str]:
         try:
-            there = sorted(entry for entry in os.listdir(os.path.join(self._root, name)) if not entry.endswith(".tmp"))
+            return os.listdir(os.path.join(self._root, name))
         except OSError:
             return []
-        return [md5 for md5 in order if md5 in there] + [md5 for md5 in there if md5 not in order]
 
     def add(self, name: str, slot: Slot) -> None:
         """Keep the installed file: a hard link where that is possible, else a durable copy.
@@ -182,8 +165,8 @@ class Backups:
             OSError: it is not kept; what was kept before still is.
         """
         assert slot.md5 and slot.status
-        entry = self.path(name, slot.md5)
-        folder = os.path.dirname(entry)
+        folder = os.path.join(self._root, name)
+        entry = os.path.join(folder, slot.md5)
         make_folder(folder, 0o700)
         if os.path.lexists(entry) and os.path.samefile(entry, slot.target):
             return
@@ -195,16 +178,16 @@ class Backups:
         """Stage a kept release beside its target, after checking its bytes.
 
         Raises:
-            HostError: it is damaged.
-            OSError: it is absent, or cannot be staged.
+            HostError: it is gone or damaged.
+            OSError: it cannot be staged.
         """
-        entry = self.path(name, md5)
-        found = inspect(entry, None)
-        if found.md5 != md5:
-            raise HostError(f"the backup {entry} is {'damaged' if found.md5 else 'gone'}")
+        entry = os.path.join(self._root, name, md5)
+        found = inspect(entry).md5
+        if found != md5:
+            raise HostError(f"the backup {entry} is {'damaged' if found else 'gone'}")
         _link_or_copy(entry, part, linkable=True)
 
-    def prune(self, name: str, order: list[str], keep: int, installed: Slot | None) -> list[str]:
+    def prune(self, name: str, order: list[str], keep: int, installed: str | None) -> list[str]:
         """Remove all but the newest `keep` (one at the least), and the one that is installed: it must share no inode.
 
         Returns:
@@ -213,20 +196,12 @@ class Backups:
         Raises:
             OSError: one cannot be removed.
         """
-        kept: list[str] = []
-        removed = []
-        for md5 in self.listed(name, order):
-            if len(kept) < max(1, keep) and not (installed and installed.md5 == md5):
-                kept.append(md5)
-            else:
-                removed.append(md5)
-        folder = os.path.join(self._root, name)
-        with suppress(FileNotFoundError):
-            removed += [entry for entry in os.listdir(folder) if entry.endswith(".tmp")]
+        kept = [md5 for md5 in self.listed(name, order) if md5 != installed][: max(1, keep)]
+        removed = [entry for entry in self._entries(name) if entry not in kept]
         for entry in removed:
-            os.unlink(os.path.join(folder, entry))
+            os.unlink(os.path.join(self._root, name, entry))
         if removed:  # the record that would do this again goes next
-            fsync_folder(folder)
+            fsync_folder(os.path.join(self._root, name))
         return kept
 
 
@@ -238,8 +213,7 @@ def _link_or_copy(source: str, target: str, *, linkable: bool) -> None:
             return os.link(source, target, follow_symlinks=False)
         except OSError:
             pass  # another filesystem, too many links, a filesystem without them: a copy does as well
-    fd = create_private(target)
-    with open(fd, "wb") as copy, open(source, "rb") as original:
+    with open(create_private(target), "wb") as copy, open(source, "rb") as original:
         shutil.copyfileobj(original, copy, _CHUNK)
         copy.flush()
         os.fsync(copy.fileno())

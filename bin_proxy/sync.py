@@ -6,7 +6,10 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bin_proxy import plan
 from bin_proxy.atomic import temporary_of
@@ -37,6 +40,18 @@ class Options:
     splay: float = 0.0
 
 
+@dataclass(eq=False)
+class _Task:
+    """A binary on its way through the run: what was found, what is offered, the file under way, staged at last."""
+
+    binary: Binary
+    slot: Slot | None = None
+    release: Release | None = None
+    part: Part | None = None
+    downloads: int = 0
+    ready: bool = False
+
+
 class Sync:
     """One run over the selected binaries.
 
@@ -53,7 +68,7 @@ class Sync:
     ) -> None:
         self._settings, self._options, self._report, self._signals = settings, options, report, signals
         self._binaries = {binary.name: binary for binary in binaries}
-        self._selected = [binary for binary in binaries if not options.only or binary.name in options.only]
+        self._tasks = [_Task(binary) for binary in binaries if not options.only or binary.name in options.only]
         self.state = State(settings.state_dir, tuple(self._binaries))
         self.results: dict[str, Result] = {}
         self.troubles: list[str] = []
@@ -62,9 +77,6 @@ class Sync:
         self._api = BinManager(settings, report.detail)
         self._space = Space()
         self._workers = Workers(settings.jobs, self._late)
-        self._parts: dict[str, Part] = {}
-        self._ready: dict[str, tuple[Slot, str]] = {}
-        self._asked: dict[str, int] = {}
 
     def _late(self, limit: float) -> BinProxyError:
         return Unreachable(f"bin-manager did not come to an end within {limit:g} s")
@@ -79,178 +91,167 @@ class Sync:
         if not self._options.dry_run:
             self.state.prepare()
             self.troubles += self.state.set_aside()
-            self._tidy_manifest()
+            with self._noted():
+                discard(temporary_of(os.path.realpath(self._settings.manifest)))
             self._recover()
-        for binary in self._selected:
-            self._begin(binary)
-        while self._workers.busy() or self._ready:
-            for (step, binary, *context), outcome in self._workers.results(0 if self._ready else 0.25):
-                step(binary, *context, outcome)
-            self._report.progress([part for name, part in self._parts.items() if name not in self.results])
-            if self._ready:
-                name = next(binary.name for binary in self._selected if binary.name in self._ready)
-                self._activate(self._binaries[name], *self._ready.pop(name))
-        self._conclude()
+        for task in self._tasks:
+            self._begin(task)
+        ready: list[_Task] = []
+        while self._workers.busy() or ready:
+            for (step, task), outcome in self._workers.results(0 if ready else 0.25):
+                self._take(step, task, outcome)
+            self._report.progress([task.part for task in self._tasks if task.part])
+            if ready := [task for task in self._tasks if task.ready]:
+                self._take(self._activate, ready.pop(0), None)
+        if not self._options.dry_run:
+            self._conclude()
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Trouble within belongs to no binary and stops nothing."""
+        try:
+            yield
+        except HostError as error:
+            self.troubles.append(str(error))
+
+    def _take(self, step: Callable[[_Task, Any], None], task: _Task, outcome: Any) -> None:
+        """Go on with what a job brought; its failure, or that of the step, is that of the binary."""
+        task.part = None
+        try:
+            if isinstance(outcome, BinProxyError):
+                raise outcome
+            step(task, outcome)
+        except BinProxyError as error:
+            self._fail(task, error)
 
     def _recover(self) -> None:
         for name, record in list(self.state.records.items()):
-            binary = self._binaries.get(name)
             if self._options.only and name not in self._options.only:
                 continue
             with self._signals.held():
-                result = self._updater.recover(name, record, binary)
+                result = self._updater.recover(name, record, self._binaries.get(name))
             if result:
                 self._recovered[name] = result
-                if binary is None:
+                if name not in self._binaries:
                     self.results[name] = result
         if not self._options.only:
             for name, memory in self.state.remembered().items():
-                if name not in self._binaries and memory.parts:
+                if name not in self._binaries:
                     self._drop_parts(memory, keep=None)
 
-    def _tidy_manifest(self) -> None:
-        left_behind = temporary_of(os.path.realpath(self._settings.manifest))
-        try:
-            if os.path.lexists(left_behind):
-                discard(left_behind)
-        except HostError as error:
-            self.troubles.append(str(error))
-
     def _drop_parts(self, memory: Memory, keep: str | None) -> None:
-        try:
+        with self._noted():
             for part in [part for part in memory.parts if part != keep]:
                 discard(part)
                 memory.parts.remove(part)
-        except HostError as error:
-            self.troubles.append(str(error))
 
-    def _begin(self, binary: Binary) -> None:
-        if binary.name in self.state.records:
+    def _begin(self, task: _Task) -> None:
+        name = task.binary.name
+        if name in self.state.records:
             why = "an update was interrupted: the next sync finishes or undoes it first"
-            unfinished = Result(binary.name, "waiting", False, kind="recovery", error=why, note=why)
-            self._end(unfinished if self._options.dry_run else self._recovered[binary.name])
-        elif not self._is_paused(binary):
-            self._workers.submit((self._looked, binary), math.inf, lambda job: self._look(job, binary))
+            unfinished = Result(name, "waiting", False, kind="recovery", error=why, note=why)
+            self._end(unfinished if self._options.dry_run else self._recovered[name])
+        elif not self._is_paused(name):
+            self._workers.submit((self._consider, task), math.inf, lambda job: self._look(job, task))
 
-    def _is_paused(self, binary: Binary) -> bool:
-        pause, way_out = self.state.pause_of(binary.name, time.time())
+    def _is_paused(self, name: str) -> bool:
+        pause, way_out = self.state.pause_of(name, time.time())
         if pause:
             why = f"by an operator: {pause.reason or 'no reason given'}; {way_out}"
-            self._end(Result(binary.name, "paused", True, note=why))
+            self._end(Result(name, "paused", True, note=why))
         return pause is not None
 
-    def _look(self, job: Job, binary: Binary) -> tuple[Slot, Release]:
-        slot = inspect(binary.path, self.state.cache.digests.get(binary.path))
+    def _look(self, job: Job, task: _Task) -> Release:
+        task.slot = inspect(task.binary.path, self.state.cache.digests.get(task.binary.path))
         job.limit = job.seconds() + 3 * self._settings.http_timeout + 1
-        return slot, self._api.latest(binary)
+        return self._api.latest(task.binary)
 
-    def _looked(self, binary: Binary, outcome: tuple[Slot, Release] | BinProxyError) -> None:
-        if isinstance(outcome, BinProxyError):
-            self._fail(binary, None, None, outcome)
-        else:
-            self._consider(binary, *outcome)
-
-    def _consider(self, binary: Binary, slot: Slot, release: Release) -> None:
+    def _consider(self, task: _Task, release: Release) -> None:
         """Decide, and begin what was decided."""
-        now, cache = time.time(), self.state.cache
+        binary, slot, now, cache = task.binary, task.slot, time.time(), self.state.cache
+        assert slot
+        task.release = release
         memory = self.state.memory(binary.name)
         cache.answers[binary.name] = [binary.version, release.md5, now]
         if found := remember(slot):
             cache.digests[binary.path] = found
-        try:
-            if memory.unwell and not self._options.dry_run:
-                with self._signals.held():
-                    self._updater.mend(binary, now, at_once=self._options.retry_held)
-            longest = self._options.splay
-            if memory.lost:  # only what was offered first may have been offered, and held, before
-                memory.lost = "" if slot.md5 == release.md5 else memory.lost.replace("*", release.md5)
-            if slot.md5 == release.md5:
-                memory.seen = {}
-            elif longest and not self._options.dry_run and release.md5 not in memory.seen:
-                memory.seen = {release.md5: now}
-                self._report.log(
-                    f"{binary.name}: {short(release.md5)} is due in {plan.splay_delay(_host(), longest):.0f} s (splay)"
-                )
-            decision = plan.decide(
-                release.md5,
-                slot.md5,
-                memory,
-                now,
-                retry_held=self._options.retry_held,
-                splay=(plan.splay_delay(_host(), longest), longest) if longest else None,
-            )
-            wanted = part_path(slot.target, binary.name, release.md5) if decision.outcome == "update" else None
+        if memory.unwell and not self._options.dry_run:
+            with self._signals.held():
+                self._updater.mend(binary, now, at_once=self._options.retry_held)
+        if memory.lost:  # only what was offered first may have been offered, and held, before
+            memory.lost = "" if slot.md5 == release.md5 else memory.lost.replace("*", release.md5)
+        longest = self._options.splay
+        delay = plan.splay_delay(_host(), longest) if longest else 0.0
+        if slot.md5 == release.md5:
+            memory.seen = {}
+        elif longest and not self._options.dry_run and release.md5 not in memory.seen:
+            memory.seen = {release.md5: now}
+            self._report.log(f"{binary.name}: {short(release.md5)} is due in {delay:.0f} s (splay)")
+        retry, splay = self._options.retry_held, (delay, longest)
+        decision = plan.decide(release.md5, slot.md5, memory, now, retry_held=retry, splay=splay)
+        update = decision.outcome == "update"
+        path = part_path(slot.target, binary.name, release.md5)
+        if not self._options.dry_run:
+            self._drop_parts(memory, keep=path if update else None)
+        if update:
+            self._updater.preflight(binary, slot)
             if not self._options.dry_run:
-                self._drop_parts(memory, keep=wanted if decision.outcome != "current" else None)
-            if decision.outcome == "update":
-                self._updater.preflight(binary, slot)
-                if not self._options.dry_run:
-                    return self._stage(binary, slot, release, memory)
-        except BinProxyError as error:
-            return self._fail(binary, slot, release, error)
+                return self._stage(task, slot, release, memory, path)
         if memory.unwell and decision.outcome == "current":
             decision = replace(decision, well=False, kind="restart", why=memory.unwell.reason)
-        outcome = "updated" if decision.outcome == "update" else decision.outcome
-        why = decision.why + (
-            f"; until {time.strftime('%H:%M:%S', time.localtime(decision.until))}" if decision.until else ""
-        )
+        until = f"; until {time.strftime('%H:%M:%S', time.localtime(decision.until))}" if decision.until else ""
+        why = decision.why + until
         words = f"release {short(release.md5)} {decision.outcome}: {why}{_tries(binary.name)}"
         told = None if decision.well else words
+        outcome = "updated" if update else decision.outcome
         self._end(Result(binary.name, outcome, decision.well, slot.md5, release.md5, 0.0, told, decision.kind, why))
 
-    def _stage(self, binary: Binary, slot: Slot, release: Release, memory: Memory) -> None:
-        path = part_path(slot.target, binary.name, release.md5)
+    def _stage(self, task: _Task, slot: Slot, release: Release, memory: Memory, path: str) -> None:
         if path not in memory.parts:
             memory.parts.append(path)
         self.state.save()
-        self._asked[binary.name] = self._asked.get(binary.name, 0) + 1
+        task.downloads += 1
 
         def work(job: Job) -> Release:
-            def whole() -> None:
-                job.limit = math.inf
+            def watch(part: Part | None) -> None:
+                if part:
+                    task.part = part
+                else:
+                    job.limit = math.inf
 
-            def watch(part: Part) -> None:
-                self._parts[binary.name] = part
+            return stage(self._settings, self._space, self._api, task.binary, slot, release, watch)
 
-            return stage(self._settings, self._space, self._api, binary, slot, release, watch, whole)
+        self._workers.submit((self._staged, task), self._settings.download_timeout + 1, work)
 
-        limit = self._settings.download_timeout + 1
-        self._workers.submit((self._staged, binary, slot, release), limit, work)
-
-    def _staged(self, binary: Binary, slot: Slot, release: Release, outcome: Release | BinProxyError) -> None:
-        self._parts.pop(binary.name, None)
-        if isinstance(outcome, BinProxyError):
-            self._fail(binary, slot, release, outcome)
-        elif outcome == release:
-            self._ready[binary.name] = (slot, release.md5)
-        elif self._asked[binary.name] < _OTHER_RELEASES:
-            self._consider(binary, slot, outcome)
+    def _staged(self, task: _Task, newest: Release) -> None:
+        if newest == task.release:
+            task.ready = True
+        elif task.downloads < _OTHER_RELEASES:
+            self._consider(task, newest)
         else:
-            self._fail(binary, slot, outcome, HostError("bin-manager names another release each time it is asked"))
+            task.release = newest
+            raise HostError("bin-manager names another release each time it is asked")
 
-    def _activate(self, binary: Binary, slot: Slot, md5: str) -> None:
+    def _activate(self, task: _Task, _: None) -> None:
+        assert task.slot and task.release
+        task.ready = False
         self.state.load_pauses()
-        if self._is_paused(binary):
-            return
-        try:
+        if not self._is_paused(task.binary.name):
             with self._signals.held():
-                result = self._updater.activate(binary, slot, md5, "sync")
-                self._end(result)
-        except BinProxyError as error:
-            self._fail(binary, slot, Release(md5), error)
+                self._end(self._updater.activate(task.binary, task.slot, task.release.md5, "sync"))
 
-    def _fail(self, binary: Binary, slot: Slot | None, release: Release | None, error: BinProxyError) -> None:
+    def _fail(self, task: _Task, error: BinProxyError) -> None:
         """Nothing was changed: remember what has to be, and make it a result."""
-        memory, now = self.state.memory(binary.name), time.time()
-        outcome, told = "failed", str(error)
+        name, release, told, outcome = task.binary.name, task.release, str(error), "failed"
+        memory, now = self.state.memory(name), time.time()
         if release and isinstance(error, CorruptDownload):
             memory.retries[release.md5] = plan.after_failure(memory, release.md5, error.kind, told, now)
         elif release and isinstance(error, ReleaseError):
             memory.hold(release.md5, told, now, "failure")
             outcome = "held"
-            told = f"release {short(release.md5)} is not installed and held: {told}{_tries(binary.name)}"
-        old, new = slot.md5 if slot else None, release.md5 if release else None
-        self._end(Result(binary.name, outcome, False, old, new, 0.0, told, error.kind))
+            told = f"release {short(release.md5)} is not installed and held: {told}{_tries(name)}"
+        old, new = task.slot.md5 if task.slot else None, release.md5 if release else None
+        self._end(Result(name, outcome, False, old, new, 0.0, told, error.kind))
 
     def _end(self, result: Result) -> None:
         recovered = self._recovered.get(result.name)
@@ -268,29 +269,22 @@ class Sync:
 
     def _conclude(self) -> None:
         """Keep what the next run wants to know, and let the manifest tell what is on the disk."""
-        if self._options.dry_run:
-            return
         stale = {}
-        for binary in self._selected:
-            result = self.results[binary.name]
-            on_disk = result.from_md5 or ""
-            if result.outcome in ("current", "held", "waiting") and binary.reported not in (None, on_disk):
-                stale[binary.name] = on_disk
-        try:
+        for name, reported in ((task.binary.name, task.binary.reported) for task in self._tasks):
+            on_disk = self.results[name].from_md5 or ""
+            if self.results[name].outcome in ("current", "held", "waiting") and reported not in (None, on_disk):
+                stale[name] = on_disk
+        with self._noted():
             try:
                 if stale:
                     record_md5s(self._settings.manifest, stale)
             finally:
                 self.state.save()
-        except HostError as error:
-            self._updater.troubles.append(str(error))
         self.troubles += dict.fromkeys(self._updater.troubles)
-        for kept in (self.state.cache.answers, self.state.cache.outcomes):
-            for name in kept.keys() - self._binaries.keys():
-                kept.pop(name)
-        paths = {binary.path for binary in self._binaries.values()}
-        for path in self.state.cache.digests.keys() - paths:
-            self.state.cache.digests.pop(path)
+        cache, paths = self.state.cache, {binary.path for binary in self._binaries.values()}
+        for kept, wanted in ((cache.answers, self._binaries), (cache.outcomes, self._binaries), (cache.digests, paths)):
+            for key in kept.keys() - wanted:
+                del kept[key]
 
     def finish(self, results: list[Result]) -> int:
         """Tell what is new, and keep what the next run compares with.

@@ -6,16 +6,17 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from bin_proxy import plan
 from bin_proxy.atomic import fsync_folder
-from bin_proxy.errors import BinProxyError, HostError, ReleaseError, Stuck, host_error
+from bin_proxy.errors import BinProxyError, HostError, ReleaseError, Stuck, host_error, host_errors
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.plan import Result, short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
-from bin_proxy.slot import Backups, Slot, check_writable, dress, identity, inspect, locate, part_path, swap
+from bin_proxy.slot import Backups, Slot, check_writable, identity, inspect, locate, part_path, swap
 from bin_proxy.state import Record, State, Unwell
 from bin_proxy.supervisor import TRYING, Supervisor
 
@@ -53,25 +54,12 @@ class Updater:
         Raises:
             HostError: it is damaged or cannot be staged.
         """
-        try:
+        with host_errors(f"stage the backup of {binary.name}"):
             self._backups.stage(binary.name, md5, part_path(slot.target, binary.name, md5))
-        except OSError as error:
-            raise host_error(f"stage the backup of {binary.name}", error) from error
 
     def backups_of(self, name: str) -> list[str]:
         """The MD5s of the kept releases of a binary, newest first."""
         return self._backups.listed(name, self._state.memory(name).backups)
-
-    def _look_at(self, binary: Binary) -> tuple[dict[str, int], bool, bool]:
-        """What must run afterwards (with its pid, 0 for none), whether it is well, whether its health check applies."""
-        chosen = self._supervisor.of(binary, fresh=True)
-        down = self._state.memory(binary.name).down
-        running = [process for process in chosen if process.state != "STOPPED" or process.name in down]
-        probed = binary.health is not None and (bool(running) or not chosen)
-        healthy = all(process.state == "RUNNING" for process in running)
-        if healthy and probed and binary.health:
-            healthy = probe(binary.health, min(_PROBE_BEFORE, binary.health_timeout)) is None
-        return {process.name: process.pid or 0 for process in running}, healthy, probed
 
     def activate(self, binary: Binary, slot: Slot, md5: str, by: str) -> Result:
         """Swap the staged release in, restart, watch, and commit or roll back.
@@ -85,54 +73,60 @@ class Updater:
         Raises:
             HostError: nothing was changed.
         """
-        service = self._look_at(binary)
-        part = part_path(slot.target, binary.name, md5)
+        record = self._prepare_record(binary, slot, md5, by)
         target, status = locate(binary.path)
         before, now = (identity(found) if found else None for found in (slot.status, status))
         if target != slot.target or before != now:
             raise HostError(f"{slot.target} was changed by somebody else; the next run looks again")
-        inode = status.st_ino if status else 0
-        record = Record(binary.name, slot.target, slot.md5, md5, inode, *service, by, time.time())
         self._state.write_record(record)
         self._tell(f"{binary.name}: {short(slot.md5)} -> {short(md5)}")
-        staged = None
+        part, staged = part_path(target, binary.name, md5), None
         try:
             staged = os.stat(part).st_ino
             if slot.md5:
                 self._backups.add(binary.name, slot)
-            dress(part, slot.target)
-            swap(part, slot.target)
+            swap(part, target)
         except OSError as error:
-            cause = host_error(f"replace {slot.target}", error)
+            cause = host_error(f"replace {target}", error)
             with suppress(OSError):
-                if os.lstat(slot.target).st_ino == staged:
+                if os.lstat(target).st_ino == staged:
                     return self._roll_back(record, binary, cause)
-            self._back_out(record, slot, part)
+            # It did not happen; what cannot be tidied up is found by the next run, by the record.
+            with suppress(OSError, HostError):
+                with suppress(FileNotFoundError):
+                    os.chmod(part, 0o600)
+                self._prune(record, slot.md5)
+                self._state.close_record(record.name)
             raise cause from error
         return self._settle(record, binary)
 
-    def _back_out(self, record: Record, slot: Slot, part: str) -> None:
-        """Tidy up before a swap that did not happen; what fails here is found by the next run, by the record."""
-        with suppress(OSError, HostError):
-            with suppress(FileNotFoundError):
-                os.chmod(part, 0o600)
-            self._prune(record, slot)
-            self._state.close_record(record.name)
+    def _prepare_record(self, binary: Binary, slot: Slot, md5: str, by: str) -> Record:
+        chosen = self._supervisor.of(binary, fresh=True)
+        down = self._state.memory(binary.name).down
+        running = [process for process in chosen if process.state != "STOPPED" or process.name in down]
+        probed = binary.health is not None and (bool(running) or not chosen)
+        healthy = all(process.state == "RUNNING" for process in running)
+        if healthy and probed and binary.health:
+            healthy = probe(binary.health, min(_PROBE_BEFORE, binary.health_timeout)) is None
+        pids = {process.name: process.pid or 0 for process in running}
+        inode = slot.status.st_ino if slot.status else 0
+        return Record(binary.name, slot.target, slot.md5, md5, inode, pids, healthy, probed, by, time.time())
 
     def _settle(self, record: Record, binary: Binary) -> Result:
         try:
-            pids = self._bring_up(record, binary, record.processes)
+            pids = self._bring_up(binary, record.processes, probed=record.probed)
         except (ReleaseError, HostError) as cause:
             return self._roll_back(record, binary, cause)
         return self._commit(record, pids)
 
-    def _bring_up(self, record: Record, binary: Binary, before: dict[str, int]) -> dict[str, int]:
-        said = self._supervisor.restart(before) if before else {}
-        check = binary.health if record.probed else None
+    def _bring_up(
+        self, binary: Binary, before: dict[str, int], *, probed: bool, restart: bool = True
+    ) -> dict[str, int]:
+        said = self._supervisor.restart(before) if before and restart else {}
+        check = partial(probe, binary.health) if probed and binary.health else None
         if not before and not check:
             return {}
-        look = (lambda timeout: probe(check, timeout)) if check else None
-        return self._supervisor.watch(before, said, binary.min_healthy, look, binary.health_timeout)
+        return self._supervisor.watch(before, said, binary.min_healthy, check, binary.health_timeout)
 
     def _commit(self, record: Record, pids: dict[str, int]) -> Result:
         memory, now = self._state.memory(record.name), time.time()
@@ -144,17 +138,15 @@ class Updater:
             if record.by == "operator":
                 memory.hold(record.old, "an operator went back from it with rollback", now, "operator")
         seconds = now - record.since
-        before = ",".join(str(pid) for pid in record.processes.values()) or "-"
-        after = ",".join(str(pid) for pid in pids.values()) or "-"
+        before, after = (",".join(map(str, some.values())) or "-" for some in (record.processes, pids))
         how = "rolled back by hand" if record.by == "operator" else "updated"
         self._log(f"{record.name}: {how} {record.old or '-'} -> {record.new}, pid {before} -> {after}, {seconds:.1f} s")
-        result = Result(record.name, "updated", True, record.old, record.new, seconds)
-        return self._close(record, Slot(record.target, None, record.new), result)
+        return self._close(record, record.new, Result(record.name, "updated", True, record.old, record.new, seconds))
 
-    def _close(self, record: Record, installed: Slot, result: Result) -> Result:
+    def _close(self, record: Record, installed: str | None, result: Result) -> Result:
         """Make what was decided durable, and only then forget the record; trouble here undoes nothing."""
         try:
-            record_md5s(self._settings.manifest, {record.name: installed.md5 or ""})
+            record_md5s(self._settings.manifest, {record.name: installed or ""})
         except HostError as error:
             self.troubles.append(str(error))
         try:
@@ -166,15 +158,11 @@ class Updater:
             return replace(result, well=False, error=told, kind=result.kind or "host")
         return result
 
-    def _prune(self, record: Record, installed: Slot) -> None:
+    def _prune(self, record: Record, installed: str | None) -> None:
         memory = self._state.memory(record.name)
-        order = [md5 for md5 in (record.old, *memory.backups) if md5]
-        try:
-            memory.backups = self._backups.prune(
-                record.name, list(dict.fromkeys(order)), self._settings.backups_keep, installed
-            )
-        except OSError as error:
-            raise host_error("prune the backups", error) from error
+        order = [md5 for md5 in dict.fromkeys([record.old, *memory.backups]) if md5]
+        with host_errors("prune the backups"):
+            memory.backups = self._backups.prune(record.name, order, self._settings.backups_keep, installed)
 
     def _roll_back(self, record: Record, binary: Binary, cause: BinProxyError) -> Result:
         self._tell(f"{record.name}: {cause}; going back to {short(record.old)}")
@@ -196,16 +184,14 @@ class Updater:
         return self._conclude(record, came_back, words)
 
     def _restore(self, record: Record) -> None:
-        on_disk = inspect(record.target, None).md5
-        if record.old is None or on_disk == record.old:
-            if on_disk != record.old:
+        if record.old is not None and inspect(record.target).md5 != record.old:
+            part = part_path(record.target, record.name, record.old)
+            self._backups.stage(record.name, record.old, part)
+            return swap(part, record.target)
+        if record.old is None:
+            with suppress(FileNotFoundError):
                 os.unlink(record.target)
-            fsync_folder(os.path.dirname(record.target))  # a run that was killed may not have come to it
-            return
-        part = part_path(record.target, record.name, record.old)
-        self._backups.stage(record.name, record.old, part)
-        dress(part, record.target)
-        swap(part, record.target)
+        fsync_folder(os.path.dirname(record.target))  # a run that was killed may not have come to it
 
     def _resume(self, record: Record, binary: Binary) -> tuple[bool | None, str]:
         """Give the previous release its service back.
@@ -215,8 +201,7 @@ class Updater:
         """
         if record.old is None:
             found = self._supervisor.processes() if record.processes else {}
-            trying = [name for name in record.processes if name in found and found[name].state in TRYING]
-            if trying:
+            if trying := [name for name in record.processes if name in found and found[name].state in TRYING]:
                 self._supervisor.stop(trying)
             return None, "the file is removed again"
         if not record.healthy:
@@ -225,7 +210,7 @@ class Updater:
                     self._supervisor.restart(record.processes)
             return None, f"{short(record.old)} is back; its service was not well before either"
         try:
-            self._bring_up(record, binary, dict.fromkeys(record.processes, 0))
+            self._bring_up(binary, dict.fromkeys(record.processes, 0), probed=record.probed)
         except (ReleaseError, Stuck) as error:
             return False, f"{short(record.old)} is back, but does not come up either ({error}): look at the host"
         return True, f"{short(record.old)} is back" + (" and runs" if record.processes else "")
@@ -236,27 +221,28 @@ class Updater:
         had = {"had_previous": record.old is not None, "healthy_before": record.healthy}
         verdict = plan.judge(record.fault, **had, came_back=came_back, strikes=strikes)
         plan.leave(memory, record.new, now)
+        tries, kind = "", "host"
         if verdict == "hold":
             memory.hold(record.new, record.reason, now, "failure")
+            tries, kind = f"; held: bin-proxy sync --only {record.name} --retry-held tries it again", "release"
         elif verdict == "strike":
             memory.strikes[record.new] = strikes + 1
         if came_back is False:
             memory.unwell = Unwell(record.new, 1, now + plan.growing_pause(1), record.reason)
+            kind = "restart"
         if came_back is False or record.old is None:
             memory.down = list(record.processes)
         elif came_back:
             memory.down = []
         memory.parts, memory.seen = [], {}
-        kind = "restart" if came_back is False else "release" if verdict == "hold" else "host"
-        tries = f"; held: bin-proxy sync --only {record.name} --retry-held tries it again"
-        what_now = tries if verdict == "hold" else ""
         failed = f"release {short(record.new)} failed: " if record.new != record.old else ""
-        error = f"{failed}{record.reason}; {words}{what_now}"
         seconds = now - record.since
-        what = f"rolled back {record.new} -> {record.old or '-'}, {seconds:.1f} s"
-        self._log(f"{record.name}: {what}: {record.reason}; {words}")
+        self._log(
+            f"{record.name}: rolled back {record.new} -> {record.old or '-'}, {seconds:.1f} s: {record.reason}; {words}"
+        )
+        error = f"{failed}{record.reason}; {words}{tries}"
         result = Result(record.name, "rolled-back", False, record.old, record.new, seconds, error, kind)
-        return self._close(record, Slot(record.target, None, record.old), result)
+        return self._close(record, record.old, result)
 
     def recover(self, name: str, record: Record | None, binary: Binary | None) -> Result | None:
         """Resolve an update that was interrupted.
@@ -271,39 +257,38 @@ class Updater:
         """
         try:
             if record is None:
-                record = self._unknown_record(name, binary)
-                if record is None:
+                if binary is None:
+                    self._state.close_record(name)
                     return None
+                record = self._unknown_record(binary)
             times = self._settings.min_healthy, self._settings.health_timeout
-            binary = binary or Binary(name, "", record.target, (), None, *times, None, None)
-            return self._recover(record, binary)
+            return self._recover(record, binary or Binary(name, "", record.target, (), None, *times, None, None))
         except BinProxyError as error:
             words = f"an interrupted update cannot be resolved yet: {error}"
             return Result(name, "failed", False, error=words, kind="recovery")
 
-    def _unknown_record(self, name: str, binary: Binary | None) -> Record | None:
+    def _unknown_record(self, binary: Binary) -> Record:
         """What an unreadable record may have begun: at the worst a restart that stopped the service."""
-        if binary is None:
-            self._state.close_record(name)
-            return None
-        slot = inspect(binary.path, None)
+        slot = inspect(binary.path)
         processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
         reason = "the record of an interrupted update could not be read"
         since = (True, False, "sync", time.time(), "rolling-back", "host", reason)
-        record = Record(name, slot.target, slot.md5, slot.md5 or "", 0, processes, *since)
+        record = Record(binary.name, slot.target, slot.md5, slot.md5 or "", 0, processes, *since)
         self._state.write_record(record)
         return record
 
     def _recover(self, record: Record, binary: Binary) -> Result | None:
-        if record.processes:  # a program that supervisord has lost meanwhile must not keep this open for ever
-            known = self._supervisor.processes()
-            record.processes = {name: pid for name, pid in record.processes.items() if name in known}
-        slot = inspect(record.target, None)
-        step = plan.decide_recovery(record, slot.md5, untouched=self._is_untouched(record, slot))
+        found = self._supervisor.processes() if record.processes else {}
+        # A program that supervisord has lost meanwhile must not keep this open for ever.
+        record.processes = {name: pid for name, pid in record.processes.items() if name in found}
+        slot = inspect(record.target)
+        untouched = (slot.status.st_ino if slot.status else 0) == record.inode
+        untouched &= all((found[name].pid or 0) == pid for name, pid in record.processes.items())
+        step = plan.decide_recovery(record, slot.md5, untouched=untouched)
         self._tell(f"{record.name}: an update to {short(record.new)} was interrupted: {step}")
         if step == "forget":
             self._log(f"{record.name}: an update to {record.new} was interrupted before it changed anything")
-            self._prune(record, slot)
+            self._prune(record, slot.md5)
             self._state.close_record(record.name)
             return None
         if step == "finish":
@@ -315,12 +300,6 @@ class Updater:
             record.reason = "it was interrupted" + (", and another file was put there" if step == "check" else "")
             self._state.write_record(record)
         return self._undo(record, binary)
-
-    def _is_untouched(self, record: Record, slot: Slot) -> bool:
-        if (slot.status.st_ino if slot.status else 0) != record.inode:
-            return False
-        found = self._supervisor.processes() if record.processes else {}
-        return all(name in found and (found[name].pid or 0) == pid for name, pid in record.processes.items())
 
     def mend(self, binary: Binary, now: float, *, at_once: bool) -> None:
         """Try again to start the previous release, after it and another one both failed.
@@ -340,10 +319,8 @@ class Updater:
         runs = all(found[name].state == "RUNNING" for name in before)
         if not runs and not at_once and not plan.is_due(memory.unwell.until, now):
             return
-        look = (lambda timeout: probe(check, timeout)) if (check := binary.health) else None
         try:
-            said = {} if runs else self._supervisor.restart(before)
-            self._supervisor.watch(before, said, binary.min_healthy, look, binary.health_timeout)
+            self._bring_up(binary, before, probed=True, restart=not runs)
         except (ReleaseError, Stuck) as error:
             count = memory.unwell.count + 1
             until = time.time() + plan.growing_pause(count)

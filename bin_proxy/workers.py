@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Job:
 
 
 class Workers:
-    """A pool of daemon threads: one that hangs beyond its limit is left behind, and ends with the process.
+    """Daemon threads, one a job: one that hangs beyond its limit is left behind, and ends with the process.
 
     Args:
         count: jobs at once.
@@ -40,8 +41,6 @@ class Workers:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._done: queue.SimpleQueue[tuple[Job, Any]] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._idle = 0
 
     def submit(self, key: Any, limit: float, action: Callable[[Job], Any]) -> None:
         """Queue `action`; `results` hands out (key, what it returned or the BinProxyError it raised).
@@ -59,21 +58,14 @@ class Workers:
             job = self._waiting.popleft()
             job.begun = time.monotonic()
             self._running.append(job)
-            if self._idle:
-                self._idle -= 1
-            else:
-                threading.Thread(target=self._work, daemon=True).start()
-            self._free.put(job)
+            threading.Thread(target=self._work, args=(job,), daemon=True).start()
 
-    def _work(self) -> None:
-        while True:
-            job = self._free.get()
-            outcome: Any
-            try:
-                outcome = job.action(job)
-            except BaseException as error:  # noqa: BLE001 - the main thread raises what is no BinProxyError
-                outcome = error
-            self._done.put((job, outcome))
+    def _work(self, job: Job) -> None:
+        try:
+            outcome = job.action(job)
+        except BaseException as error:  # noqa: BLE001 - the main thread raises what is no BinProxyError
+            outcome = error
+        self._done.put((job, outcome))
 
     def busy(self) -> bool:
         """Whether a job is queued or under way."""
@@ -85,21 +77,17 @@ class Workers:
         Raises:
             BaseException: whatever a job raised that is no BinProxyError: a bug, which nobody should hide.
         """
-        while self.busy():
-            try:
-                job, outcome = self._done.get(timeout=wait) if wait else self._done.get_nowait()
-            except queue.Empty:
-                break
-            wait = 0
+        ended: list[tuple[Job, Any]] = []
+        with suppress(queue.Empty):
+            ended.append(self._done.get(timeout=wait))
+            while True:
+                ended.append(self._done.get_nowait())
+        ended += [(job, self._late(job.limit)) for job in self._running if job.seconds() > job.limit]
+        for job, outcome in ended:
             if job not in self._running:
                 continue  # it was given up
             self._running.remove(job)
-            self._idle += 1
             self._fill()
             if isinstance(outcome, BaseException) and not isinstance(outcome, BinProxyError):
                 raise outcome
             yield job.key, outcome
-        for job in [job for job in self._running if job.seconds() > job.limit]:
-            self._running.remove(job)
-            self._fill()
-            yield job.key, self._late(job.limit)
