@@ -27,7 +27,7 @@ from bin_proxy.manifest import Binary, parse_json
 from bin_proxy.settings import Settings
 
 if TYPE_CHECKING:
-    from bin_proxy.part import Part
+    from bin_proxy.staging import Part
 
 _T = TypeVar("_T")
 _TRIES = 3

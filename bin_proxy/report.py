@@ -19,7 +19,7 @@ from bin_proxy.plan import Result
 from bin_proxy.state import Cache
 
 if TYPE_CHECKING:
-    from bin_proxy.part import Part
+    from bin_proxy.staging import Part
 
 _HOUR = 3600.0
 _LOG_KEY = "* LOG_FILE"
