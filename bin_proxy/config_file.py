@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=(.*)", re.S)
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OPENS = {"if", "case", "while", "until", "for", "select", "{"}
-_CLOSES = {"fi", "esac", "done", "}"}
-# From here on only a shell knows what still counts.
-_ENDS_ALL = {"return", "exit", "function"}
+# What is worked out at run time, between double quotes too; of the substitutions those whose end is beyond doubt.
+_RUN_TIME = r"""\$\(\(?(?:[^()'"`\\\#\n<]|'[^'\n]*'|"[^"$`\\\n]*")*\)?\)|\$\{[^{}'"`\\$\n]*\}|`[^`\\]*`|\$(?![({])"""
+_TOKEN = re.compile(
+    rf"""
+    (?P<stray> (?<![^;&|\n]) [ \t]* [;&|] )  # a sign without a command before it
+    | (?: [ \t] | \\\n )+ | \#[^\n]*
+    | (?P<sign> & (?!&) | (?: && | \|\|? ) (?: [ \t\n] | \\\n | \#[^\n]* )* )
+    | (?P<end> [;\n] | \Z )
+    | (?P<word> (?: [A-Za-z_][A-Za-z0-9_]* [ \t]+ (?==) )? (?:
+        [^ \t\n;&|<>()$`"'\\~] | (?<![=:\n])~ | \\. | '[^']*' | " (?: [^"\\$`] | \\. )* "
+        # The tilde of a home folder, redirections and the head of a function are a shell's business, too.
+        | (?P<shell> ~ | [<>](?![ \t]*[<;|\n]) | \(\)(?=\s+\{{\s) | {_RUN_TIME}
+            | " (?: [^"\\$`] | \\. | {_RUN_TIME} )* " )
+        | (?P<lost> [()<>$`"'\\] )
+    )+ )
+    """,
+    re.X | re.S,
+)
+_QUOTED = re.compile(r"""\\\n|\\(.)|'([^']*)'|"((?:[^"\\]|\\.)*)\"""", re.S)
+_NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)([ \t]*\+?)=")
+# Behind the last three only a shell knows what still counts: nothing closes them.
+_OPENS = {"if", "while", "until", "for", "select", "{", "return", "exit", "function"}
+_CLOSES = {"fi", "done", "}"}
 
 
 @dataclass(frozen=True)
@@ -23,71 +39,8 @@ class Assignment:
     line: int
 
 
-@dataclass
-class _Word:
-    """One word, unquoted."""
-
-    text: str = ""
-    literal: bool = True
-    plain_name: bool = True  # nothing before the first = is quoted, which would make it a command for a shell
-
-
-@dataclass
-class _Command:
-    """One simple command."""
-
-    line: int
-    words: list[_Word] = field(default_factory=list)
-    alone: bool = True  # neither in a pipe or list, nor in the background
-    open: bool = False  # no shell would take it so, or it goes on below in a way that only a shell understands
-
-
-def _commands(text: str) -> Iterator[_Command]:
-    """Split shell text into simple commands of words."""
-    command, word = _Command(1), None
-    at, line, quote, depth, ticks = 0, 1, "", 0, 0
-    while at < len(text):
-        char, following = text[at], text[at + 1 : at + 2]
-        at += 1
-        line += char == "\n"
-        ends = not quote and char in ";&|\n"
-        if char == "\\" and following == "\n" and quote != "'":
-            at, line = at + 1, line + 1
-        elif not quote and char == "#" and word is None:
-            at = (text.find("\n", at) + 1 or len(text) + 1) - 1
-        elif ends or (not quote and char in " \t\r"):
-            command.words += [word] if word else []
-            word = None
-            if ends:
-                command.alone &= char in ";\n"
-                doubled = char in "&|" and text[at - 2 : at - 1] == char
-                no_command = char != "\n" and not command.words and not doubled
-                command.open |= depth != 0 or ticks % 2 > 0 or no_command
-                yield command
-                after_sign = not command.words and not command.alone and char == "\n"  # the list goes on below
-                command = _Command(line, alone=char in ";\n" and not after_sign)
-        else:
-            word = word or _Word()
-            escapes = char == "\\" and (not quote or (quote == '"' and following in list('$`"\\')))
-            if escapes or (char in "'\"" and quote in ("", char)):
-                word.plain_name &= "=" in word.text
-                word.text += following if escapes else ""
-                word.literal &= not escapes or bool(following)
-                at += escapes
-                quote = quote if escapes else "" if quote else char
-                continue
-            if quote != "'" and char in "$`":
-                word.literal = False
-                ticks += char == "`"
-            if not quote:
-                # An unquoted tilde at the start of a value, a subshell and a redirection are a shell's business too.
-                word.literal &= char not in "()<>" and not (char == "~" and word.text.endswith(("=", ":")))
-                depth += (char == "(") - (char == ")")
-                command.open |= char == "<" == following
-            word.text += char
-    command.words += [word] if word else []
-    command.open |= depth != 0 or ticks % 2 > 0 or bool(quote)
-    yield command
+def _unquoted(word: str) -> str:
+    return _QUOTED.sub(lambda found: found[1] or found[2] or re.sub(r'\\(?:\n|([$`"\\]))', r"\1", found[3] or ""), word)
 
 
 def parse_config(text: str) -> list[Assignment]:
@@ -100,22 +53,31 @@ def parse_config(text: str) -> list[Assignment]:
         the assignments; one whose value cannot be known without a shell (`$…`, backticks, an open quote, a condition
         around it, a command behind it, blanks around `=`) has the value None.
     """
-    found, nested, lost = [], 0, False
-    for command in _commands(text):
-        first = command.words[0].text if command.words else ""
-        nested += (first in _OPENS) + (first.endswith("()") or first == "function" or "{" in first[1:])
-        exported = first == "export"
-        words = command.words[exported:]
-        matches = [_ASSIGNMENT.fullmatch(word.text) if word.plain_name or exported else None for word in words]
-        plain = command.alone and not nested and not lost and (exported or all(matches))
-        for position, (word, match) in enumerate(zip(words, matches, strict=True)):
-            if match:
-                known = plain and word.literal and not match[2] and not command.open
-                found.append(Assignment(match[1], match[3] if known else None, command.line))
-            elif position == 1 and not exported and word.text[:1] == "=" and _NAME.fullmatch(first):
-                found.append(Assignment(first, None, command.line))  # a blank before the sign
-        if command.open:  # a shell may refuse the whole line
-            found = [replace(one, value=None) if one.line == command.line else one for one in found]
-        lost |= command.open or first in _ENDS_ALL
-        nested -= sum(word.text in _CLOSES for word in words[:1])
+    found: list[Assignment] = []
+    words: list[tuple[str, bool, int]] = []
+    line, depth, begun, alone, lost = 1, 0, 0, True, False
+    for token in _TOKEN.finditer(text.replace("\r\n", "\n")):
+        if token["word"]:
+            words.append((token["word"], token["shell"] is None, line))
+        line += token[0].count("\n")
+        alone &= token["sign"] is None  # else a part of a list or pipe, or in the background
+        lost |= bool(token["lost"] or token["stray"])
+        if token["end"] is None:
+            continue
+        raws = [word for word, _, _ in words]
+        depth += sum(raw in _OPENS for raw in raws)
+        # A name that is quoted, if only in part, makes the word a command, though not behind an export.
+        exported = raws[:1] == ["export"]
+        names = [_NAME.match(_unquoted(raw) if exported else raw.replace("\\\n", "")) for raw in raws]
+        known = alone and not depth and (exported or all(name and not name[2] for name in names))
+        for name, (word, literal, at) in zip(names, words, strict=True):
+            if name:
+                value = _unquoted(word).partition("=")[2] if known and literal and not name[2] else None
+                found.append(Assignment(name[1], value, at))
+        if lost:  # a shell may refuse the whole line
+            found[begun:] = [replace(one, value=None) for one in found[begun:]]
+        if token["end"] != ";":
+            begun = len(found)
+        depth -= sum(raw in _CLOSES for raw in raws[:1])
+        words, alone = [], True
     return found
