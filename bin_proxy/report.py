@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import sys
 import textwrap
 import time
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,16 @@ _HOUR = 3600.0
 _LOG_KEY = "* LOG_FILE"
 
 
+def echo(line: str, *, err: bool = False) -> None:
+    """Print one line, wrapped on a terminal, with whatever no terminal should obey escaped."""
+    line = clean(line)
+    if (sys.stderr if err else sys.stdout).isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    with suppress(OSError):  # nobody listens any more, which is no reason to stop half-way
+        click.echo(line, err=err)
+
+
 class Report:
     """Tells what happens, each to whom it concerns.
 
@@ -39,48 +49,45 @@ class Report:
         self._fd: int | None = None
         self._bar: Any = None
         self._seen: dict[str, Part] = {}
-        self.log_trouble = ""
+        self._log_trouble = ""
 
     def log(self, line: str) -> None:
-        """Append a line to LOG_FILE; where that fails, it is remembered as `log_trouble` and the work goes on."""
+        """Append a line to LOG_FILE; where that fails, `troubles` tells it and the work goes on."""
         try:
             if self._fd is None:
                 self._fd = _open_log(self._path)
             stamp = time.strftime("[%Y-%m-%d %H:%M:%S]")
             os.write(self._fd, f"{stamp} {clean(line)}\n".encode(errors="backslashreplace"))
         except OSError as error:
-            self.log_trouble = f"cannot write LOG_FILE {self._path}: {error.strerror}"
+            self._log_trouble = f"cannot write LOG_FILE {self._path}: {error.strerror}"
 
     def tell(self, line: str) -> None:
         """Say what is going on to a person who watches."""
-        if (self._terminal and self._verbose >= 0) or self._verbose > 0:
+        if self._verbose > 0 or (self._terminal and self._verbose == 0):
             self._erase_bar()
-            _echo(line)
-
-    def progress(self, parts: list[Part]) -> None:
-        """Show how far the downloads under way are; none takes the bar away."""
-        if not self._terminal or self._verbose < 0:
-            return
-        if not parts:
-            self._erase_bar()
-            self._bar, self._seen = None, {}
-            return
-        self._seen |= {part.path: part for part in parts}
-        done = sum(part.offset for part in self._seen.values())
-        total = max(1, done, sum(part.total or 0 for part in self._seen.values()))
-        if self._bar is None:
-            self._bar = click.progressbar(length=total, label="downloading", width=0, show_pos=False)
-        self._bar.length = total
-        self._bar.update(done - self._bar.pos)
-
-    def _erase_bar(self) -> None:
-        if self._bar:
-            click.echo("\r\x1b[K\x1b[?25h", nl=False)  # erases the line, and shows the cursor that the bar hides
+            echo(line)
 
     def detail(self, line: str) -> None:
         """Say a detail to a person who asked for details."""
         if self._verbose > 0:
-            _echo(line, err=True)
+            echo(line, err=True)
+
+    def progress(self, parts: list[Part]) -> None:
+        """Show how far the downloads under way are; none takes the bar away."""
+        if not parts:
+            self._erase_bar()
+            self._bar, self._seen = None, {}
+        elif self._terminal and self._verbose >= 0:
+            self._seen |= {part.path: part for part in parts}
+            done = sum(part.offset for part in self._seen.values())
+            total = max(1, done, sum(part.total or 0 for part in self._seen.values()))
+            self._bar = self._bar or click.progressbar(length=total, label="downloading", width=0, show_pos=False)
+            self._bar.length = total
+            self._bar.update(done - self._bar.pos)
+
+    def _erase_bar(self) -> None:
+        if self._bar:
+            click.echo("\r\x1b[K\x1b[?25h", nl=False)  # erases the line, and shows the cursor that the bar hides
 
     def troubles(self, results: list[Result], others: list[str], cache: Cache, now: float) -> None:
         """Tell each trouble once, log it hourly, and log its end; one cause that strikes many is one line.
@@ -91,79 +98,54 @@ class Report:
             cache: holds what was told before; updated.
             now: Unix time.
         """
-        told: dict[str, list[str]] = {}
-        logged: dict[str, list[str]] = {}
-        before = dict(cache.troubles)
+        bad = {f"{result.name} {result.kind} {result.to_md5 or ''}": result for result in results if not result.well}
+        current = {key: (result.name, result.error or "") for key, result in bad.items()}
+        current |= {f"* {text.split(':')[0]}": ("", text) for text in others}
+        self._log_ends(current.keys(), {"*", *(result.name for result in results)}, cache, now)
+        known = dict(cache.troubles)
+        due = {key for key in current if key not in known or abs(now - float(known[key][1])) >= _HOUR}
+        due -= {key for key, result in bad.items() if result.outcome == "rolled-back"}  # logged when it happened
+        for line in _lines(current[key] for key in current if key in due):
+            self.log(line)
+        if self._log_trouble:
+            current[_LOG_KEY] = ("", self._log_trouble)
         watched = self._terminal or self._verbose > 0
+        for line in _lines(current[key] for key in current if watched or key not in known):
+            echo(f"bin-proxy: {line}", err=True)
+        for key, (_, text) in current.items():
+            since, at, _ = known.get(key, [now, now, ""])
+            cache.troubles[key] = [since, now if key in due else at, text]
 
-        def note(key: str, name: str, text: str, *, log: bool = True) -> None:
-            since, at, _ = cache.troubles.get(key, [now, 0.0, ""])
-            if key not in before or watched:
-                told.setdefault(text, []).append(name)
-            if key not in before or abs(now - float(at)) >= _HOUR:
-                at = now
-                if log:
-                    logged.setdefault(text, []).append(name)
-            current.add(key)
-            cache.troubles[key] = [since, at, text]
-
-        current: set[str] = set()
-        for result in results:
-            if not result.well:
-                fresh_line = result.outcome != "rolled-back"  # that was logged when it happened
-                note(
-                    f"{result.name} {result.kind} {result.to_md5 or ''}",
-                    result.name,
-                    result.error or "",
-                    log=fresh_line,
-                )
-        for text in others:
-            note(f"* {text.split(':')[0]}", "", text)
-        looked_at = {result.name for result in results} | {"*"}
+    def _log_ends(self, current: Collection[str], looked_at: set[str], cache: Cache, now: float) -> None:
         troubled = {key.split(" ")[0] for key in current}
-        for key in [key for key in before if key.split(" ")[0] in looked_at and key not in current]:
-            if key == _LOG_KEY and self._fd is None:
-                continue  # nothing was logged, so nobody knows whether it is over
-            since, _, was = cache.troubles.pop(key)
-            name = key.split(" ")[0]
+        over = [key for key in cache.troubles if key not in current and key.split(" ")[0] in looked_at]
+        for key in over:
+            if key == _LOG_KEY and (self._fd is None or self._log_trouble):
+                continue  # where nothing was logged, nobody knows whether it is over
+            since, _, text = cache.troubles.pop(key)
+            name, minutes = key.split(" ")[0], max(0.0, now - float(since)) / 60
             if name not in troubled:
-                minutes = max(0.0, now - float(since)) / 60
-                self.log(f"{name.replace('*', 'bin-proxy')}: over after {minutes:.0f} min: {was}")
-        for text, names in logged.items():
-            self.log(_line(names, text))
-        if self.log_trouble:
-            note(_LOG_KEY, "", self.log_trouble, log=False)
-        for text, names in told.items():
-            _echo(f"bin-proxy: {_line(names, text)}", err=True)
+                self.log(f"{name.replace('*', 'bin-proxy')}: over after {minutes:.0f} min: {text}")
 
 
-def _line(names: list[str], text: str) -> str:
-    if not names[0]:
-        return text
-    more = f" and {len(names) - 5} more" if len(names) > 6 else ""
-    return f"{', '.join(names[:5] if more else names)}{more}: {text}"
-
-
-def _echo(line: str, err: bool = False) -> None:
-    line = clean(line)
-    if (sys.stderr if err else sys.stdout).isatty():
-        width = shutil.get_terminal_size().columns
-        line = textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    with suppress(OSError):  # nobody listens any more, which is no reason to stop half-way
-        click.echo(line, err=err)
+def _lines(troubles: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """One line for each text, with the names of those it strikes."""
+    struck: dict[str, list[str]] = {}
+    for name, text in troubles:
+        struck.setdefault(text, []).extend([name] if name else [])
+    for text, names in struck.items():
+        more = f" and {len(names) - 5} more" if len(names) > 6 else ""
+        who = ", ".join(names[:5] if more else names) + more
+        yield f"{who}: {text}" if who else text
 
 
 def _open_log(path: str) -> int:
     """Open for appending: an existing file by whatever link leads there, a new one never through a link."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe that nobody reads is not waited for
     try:
-        fd = os.open(path, flags)
+        return os.open(path, flags)
     except FileNotFoundError:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
-    if stat.S_ISFIFO(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(0, "it is a pipe")
-    return fd
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
 
 
 def write_metrics(path: str, cache: Cache, names: list[str], paused: set[str]) -> None:
@@ -178,24 +160,25 @@ def write_metrics(path: str, cache: Cache, names: list[str], paused: set[str]) -
     Raises:
         HostError: it is as it was.
     """
-    at, code = cache.last_sync
-    lines: list[str] = []
-
-    def add(name: str, text: str, values: dict[str, float]) -> None:
-        lines.extend((f"# HELP bin_proxy_{name} {text}", f"# TYPE bin_proxy_{name} gauge"))
-        lines.extend(f"bin_proxy_{name}{label} {value:.17g}" for label, value in values.items())
 
     def each(*outcomes: str) -> dict[str, float]:
         return {f'{{binary="{name}"}}': float(cache.outcomes.get(name) in outcomes) for name in names}
 
-    add("last_sync_timestamp_seconds", "When the last sync ended.", {"": at})
-    add("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code})
-    add("binary_current", "1 where the binary is the release that bin-manager names.", each("current", "updated"))
-    add("binary_held", "1 where the release is held because it failed.", each("held", "rolled-back"))
-    add("binary_held_by_operator", "1 where an operator went back from the release.", each("held by operator"))
-    add("binary_failed", "1 where the last sync could not do its work.", each("failed"))
-    add("binary_paused", "1 where an operator paused it.", {f'{{binary="{n}"}}': float(n in paused) for n in names})
+    at, code = cache.last_sync
+    gauges: list[tuple[str, str, dict[str, float]]] = [
+        ("last_sync_timestamp_seconds", "When the last sync ended.", {"": at}),
+        ("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code}),
+        ("binary_current", "1 where the binary is the release that bin-manager names.", each("current", "updated")),
+        ("binary_held", "1 where the release is held because it failed.", each("held", "rolled-back")),
+        ("binary_held_by_operator", "1 where an operator went back from the release.", each("held by operator")),
+        ("binary_failed", "1 where the last sync could not do its work.", each("failed")),
+        ("binary_paused", "1 where an operator paused it.", {f'{{binary="{n}"}}': float(n in paused) for n in names}),
+    ]
+    text = ""
+    for gauge, told, values in gauges:
+        text += f"# HELP bin_proxy_{gauge} {told}\n# TYPE bin_proxy_{gauge} gauge\n"
+        text += "".join(f"bin_proxy_{gauge}{label} {value:.17g}\n" for label, value in values.items())
     try:
-        write_atomically(path, "\n".join([*lines, ""]).encode(), durable=False)
+        write_atomically(path, text.encode(), durable=False)
     except OSError as error:
         raise host_error(f"write METRICS_FILE {path}", error) from error
