@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
 
 from bin_proxy.atomic import make_folder
-from bin_proxy.errors import HostError, UsageError, host_error
+from bin_proxy.errors import HostError, UsageError
 from bin_proxy.guard import Signals, locked
 from bin_proxy.manifest import Binary
-from bin_proxy.plan import Result, short
+from bin_proxy.plan import short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
 from bin_proxy.slot import discard, inspect, part_path
@@ -22,7 +21,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 def roll_back(
     settings: Settings, binaries: tuple[Binary, ...], name: str, to: str | None, report: Report, signals: Signals
-) -> Result:
+) -> str:
     """Go back to the previous release, or a kept one, with the care of an update; the one that is left is held.
 
     Args:
@@ -33,10 +32,13 @@ def roll_back(
         report: who is told.
         signals: held back meanwhile.
 
+    Returns:
+        what was done, with the hold that it leaves and the way to lift it.
+
     Raises:
         UsageError: nothing is kept, or not that.
         Busy: another run is at work for more than 60 s.
-        HostError: nothing was changed.
+        HostError: nothing was changed, it was undone, or not all of it could be done.
     """
     with locked(settings.state_dir, 60):
         binary = next(binary for binary in binaries if binary.name == name)
@@ -46,72 +48,68 @@ def roll_back(
             report.tell(line)
         updater = Updater(settings, state, report)
         with signals.held():
-            if binary.name in state.records:
-                recovered = updater.recover(binary.name, state.records[binary.name], binary)
-                if recovered and binary.name in state.records:
-                    return recovered
+            recovered = updater.recover(name, state.records[name], binary) if name in state.records else None
+        if recovered and name in state.records:
+            raise HostError(f"{name}: {recovered.error}")
         slot = inspect(binary.path, None)
-        kept = [md5 for md5 in updater.backups_of(binary.name) if md5 != slot.md5]
-        there = f"kept are: {', '.join(kept)}" if kept else "no other release is kept"
-        matching = [md5 for md5 in kept if md5.startswith(to.lower())] if to else [] if to == "" else kept[:1]
+        kept = [md5 for md5 in updater.backups_of(name) if md5 != slot.md5]
+        matching = kept[:1] if to is None else [md5 for md5 in kept if to and md5.startswith(to.lower())]
         if len(matching) != 1:
-            raise UsageError(f"{binary.name} cannot go back{f' to {to}' if to else ''}: {there}")
+            there = f"kept are: {', '.join(kept)}" if kept else "no other release is kept"
+            raise UsageError(f"{name} cannot go back{f' to {to}' if to else ''}: {there}")
+        [md5] = matching
         updater.preflight(binary, slot)
-        part = part_path(slot.target, binary.name, matching[0])
-        state.memory(binary.name).parts.append(part)
+        part = part_path(slot.target, name, md5)
+        state.memory(name).parts.append(part)
         state.save()
         with signals.held():
             try:
-                updater.stage_backup(binary, slot, matching[0])
-                result = updater.activate(binary, slot, matching[0], "operator")
-                words = "; ".join([result.error or f"it is back at {short(matching[0])}, but", *updater.troubles])
-                return replace(result, well=False, error=words) if updater.troubles else result
+                updater.stage_backup(binary, slot, md5)
+                result = updater.activate(binary, slot, md5, "operator")
             except HostError:
                 discard(part)
                 raise
+    if updater.troubles or not result.well:
+        words = [result.error or f"it is back at {short(md5)}, but", *updater.troubles]
+        raise HostError(f"{name}: {'; '.join(words)}")
+    done = f"{name}: back at {short(md5)} in {result.seconds:.1f} s"
+    left = short(result.from_md5)
+    lift = f"bin-proxy sync --only {name} --retry-held, or bin-proxy rollback {name} --to {left}"
+    return f"{done}; {left} is held until {lift}" if result.from_md5 else done
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of a duration such as 90s, 30m, 2h, 1d or 1h30m.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not re.fullmatch(r"([0-9]{1,6}[smhd])+", text):
-        raise UsageError(f"{text!r} is no duration: write 30m, 2h, 1d or 1h30m")
-    seconds = sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"([0-9]+)([smhd])", text))
-    if seconds > 3650 * 86400:
-        raise UsageError(f"{text!r} is longer than ten years: leave --for out")
+def _seconds(duration: str) -> float:
+    seconds = sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"([0-9]{1,6})([smhd])", duration))
+    if not re.fullmatch(r"([0-9]{1,6}[smhd])+", duration) or seconds > 3650 * 86400:
+        raise UsageError(f"{duration!r} is no duration of up to ten years: write 30m, 2h, 1d or 1h30m")
     return seconds
 
 
-def pause(settings: Settings, names: tuple[str, ...], reason: str, seconds: float | None) -> list[str]:
+def pause(settings: Settings, names: tuple[str, ...], reason: str, duration: str | None) -> str:
     """Leave binaries as they are, or the whole host where no names are given.
 
     Args:
         settings: every setting.
         names: of binaries.
         reason: for whoever comes next.
-        seconds: how long; None for no end.
+        duration: how long, such as 90s, 30m, 2h, 1d or 1h30m; None for no end.
 
     Returns:
         what to tell.
 
     Raises:
-        HostError: it cannot be remembered.
+        UsageError: that is no duration.
+        HostError, OSError: it cannot be remembered.
     """
-    try:
-        make_folder(settings.state_dir, 0o755)
-    except OSError as error:
-        raise host_error(f"make {settings.state_dir}", error) from error
-    state, now = State(settings.state_dir, ()), time.time()
-    until = None if seconds is None else now + seconds
-    for name in names or ("*",):
-        state.pauses[name] = Pause(reason, now, until)
+    now = time.time()
+    until = None if duration is None else now + _seconds(duration)
+    make_folder(settings.state_dir, 0o755)
+    state = State(settings.state_dir, ())
+    state.pauses |= dict.fromkeys(names or ("*",), Pause(reason, now, until))
     state.save_pauses()
     end = "" if until is None else time.strftime(" until %Y-%m-%d %H:%M:%S", time.localtime(until))
-    what = ", ".join(names) or "all binaries of this host"
-    return [f"{what}: paused{end}; bin-proxy resume{''.join(f' {name}' for name in names)} ends it"]
+    what, way_out = ", ".join(names) or "all binaries of this host", " ".join(["bin-proxy resume", *names])
+    return f"{what}: paused{end}; {way_out} ends it"
 
 
 def resume(settings: Settings, names: tuple[str, ...]) -> list[str]:
@@ -124,22 +122,11 @@ def resume(settings: Settings, names: tuple[str, ...]) -> list[str]:
         HostError: it cannot be remembered.
     """
     state = State(settings.state_dir, ())
-    lines = []
-    for name in names or ("*",):
-        what = "this host" if name == "*" else name
-        lines.append(f"{what}: {'resumed' if state.pauses.pop(name, None) else 'was not paused'}")
-    if any(line.endswith("resumed") for line in lines):
+    ended = [name for name in names or ("*",) if state.pauses.pop(name, None)]
+    if ended:
         state.save_pauses()
+    words = {"*": "the whole host"}
+    lines = [f"{words.get(name, name)}: {'resumed' if name in ended else 'was not paused'}" for name in names or ("*",)]
     if state.pauses:
-        still = ", ".join("the whole host" if name == "*" else name for name in state.pauses)
-        lines.append(f"still paused: {still}")
+        lines.append(f"still paused: {', '.join(words.get(name, name) for name in state.pauses)}")
     return lines
-
-
-def describe(result: Result) -> str:
-    """A finished rollback in one line, with the hold that it leaves and the way to lift it."""
-    done = f"{result.name}: back at {short(result.to_md5)} in {result.seconds:.1f} s"
-    if not result.from_md5:
-        return done
-    lift = f"bin-proxy sync --only {result.name} --retry-held, or bin-proxy rollback {result.name} --to"
-    return f"{done}; {short(result.from_md5)} is held until {lift} {short(result.from_md5)}"

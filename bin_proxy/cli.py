@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
+from click import Context
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean, host_error
+from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, host_error
 from bin_proxy.manifest import Binary, load_manifest
+from bin_proxy.report import Report, echo
 from bin_proxy.settings import TABLE, Settings, load_settings, number
 
 _EPILOG = f"""A setting may come from an option, the environment or the config file (NAME=value
-lines), the first that names it counts: {", ".join(TABLE)}.
-
-\b
-Examples:
-  bin-proxy sync                       what cron runs every minute
-  bin-proxy sync --only manager        one binary, now
-  bin-proxy status                     what runs, and why it is not the latest
-  bin-proxy rollback manager           back to the previous release
-  bin-proxy pause manager --for 2h     leave it as it is
-  bin-proxy doctor                     what is wrong with this host
-"""
-
-
-@dataclass(frozen=True)
-class Context:
-    """The options before the command; the settings are worked out by the command that needs them."""
-
-    options: dict[str, str | None]
-    verbose: int
-
-    def settings(self) -> Settings:
-        """Load the settings. Raises UsageError."""
-        return load_settings(self.options, os.environ)  # type: ignore[arg-type]
+lines), the first that names it counts: {", ".join(TABLE)}."""
 
 
 def _setting(flag: str, name: str, metavar: str, help_text: str) -> Callable[[Any], Any]:
-    return click.option(flag, name.lower(), envvar=name, show_envvar=True, metavar=metavar, help=help_text)
+    parameter = name.removeprefix("BIN_PROXY_").lower()
+    return click.option(flag, parameter, envvar=name, show_envvar=True, metavar=metavar, help=help_text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EPILOG)
@@ -60,54 +40,64 @@ def _setting(flag: str, name: str, metavar: str, help_text: str) -> Callable[[An
 @click.option("-v", "--verbose", is_flag=True, help="Tell every request and call.")
 @click.option("-q", "--quiet", is_flag=True, help="Tell trouble only.")
 @click.version_option(__version__, prog_name="bin-proxy")
-@click.pass_context
-def cli(context: click.Context, /, verbose: bool, quiet: bool, **options: str | None) -> None:
-    """Keep this host's binaries at the release that bin-manager names, and never break them."""
-    named = {key.upper(): value for key, value in options.items()}
-    named["CONFIG"] = named.pop("BIN_PROXY_CONFIG")
-    context.obj = Context(named, int(verbose) - int(quiet))
+def cli(**options: object) -> None:
+    """Keep this host's binaries at the release that bin-manager names, and never break them.
+
+    \b
+    Examples:
+      bin-proxy sync                       what cron runs every minute
+      bin-proxy sync --only manager        one binary, now
+      bin-proxy status                     what runs, and why it is not the latest
+      bin-proxy rollback manager           back to the previous release
+      bin-proxy pause manager --for 2h     leave it as it is
+      bin-proxy doctor                     what is wrong with this host
+    """
 
 
-def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+def _settings(context: Context) -> Settings:
+    """By the options before the command. Raises UsageError."""
+    options = {key.upper(): value for key, value in context.find_root().params.items()}
+    return load_settings(options, os.environ)  # type: ignore[arg-type]
+
+
+def _report(context: Context, settings: Settings, *, terminal: bool) -> Report:
+    options = context.find_root().params
+    return Report(settings.log_file, terminal=terminal, verbose=options["verbose"] - options["quiet"])
+
+
+def _manifest(settings: Settings, names: tuple[str, ...]) -> tuple[Binary, ...]:
+    """The manifest, which must have `names`. Raises UsageError."""
+    binaries = load_manifest(settings)
+    known = [binary.name for binary in binaries]
+    if unknown := [name for name in names if name not in known]:
+        there = ", ".join(known) or "nothing"
+        raise UsageError(f"the manifest {settings.manifest} has no {', '.join(unknown)}; it has {there}")
+    return binaries
+
+
+def _complete(context: Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The manifest's names, for the shell; none where they cannot be had."""
     try:
-        named = {key.upper(): value for key, value in (context.parent.params if context.parent else {}).items()}
-        settings = load_settings({**named, "CONFIG": named.get("BIN_PROXY_CONFIG")}, dict(os.environ))
-        return [b.name for b in load_manifest(settings) if b.name.startswith(incomplete)]
+        return [b.name for b in load_manifest(_settings(context)) if b.name.startswith(incomplete)]
     except UsageError:
         return []
-
-
-class _Seconds(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
-    name = "seconds"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """A number of seconds."""
-        try:
-            return number(0, 1e9)(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 _only = click.option(
     "--only", multiple=True, metavar="NAME", shell_complete=_complete, help="Only this binary; may be repeated."
 )
+_names = click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
+_seconds = partial(click.option, type=number(0, 1e9), default=0.0, metavar="SECONDS")
 
 
 @cli.command()
 @_only
 @click.option("--dry-run", is_flag=True, help="Say what would happen and why; change nothing.")
 @click.option("--retry-held", is_flag=True, help="Try releases that are held or wait, too.")
-@click.option("--wait", type=_Seconds(), default=0.0, metavar="SECONDS", help="Wait for another sync to end.")
-@click.option(
-    "--splay",
-    type=_Seconds(),
-    default=0.0,
-    metavar="SECONDS",
-    help="Begin an update at this host's own moment within so many seconds.",
-)
+@_seconds("--wait", help="Wait for another sync to end.")
+@_seconds("--splay", help="Begin an update at this host's own moment within so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-@click.pass_obj
+@click.pass_context
 def sync(
     context: Context, only: tuple[str, ...], dry_run: bool, retry_held: bool, wait: float, splay: float, as_json: bool
 ) -> int:
@@ -124,15 +114,14 @@ def sync(
       bin-proxy sync --only manager --retry-held
       bin-proxy sync --dry-run
     """
-    settings = context.settings()
+    settings = _settings(context)
     from bin_proxy.guard import Signals, locked
-    from bin_proxy.report import Report
     from bin_proxy.sync import Options, Sync, exit_code  # imports requests, which --help need not wait for
 
     binaries = _manifest(settings, only)
-    terminal = sys.stdout.isatty() and not as_json
-    report = Report(settings.log_file, terminal=terminal, verbose=context.verbose)
-    options = Options(only, dry_run, retry_held, 0.0 if sys.stdout.isatty() else splay)
+    watched = sys.stdout.isatty()
+    report = _report(context, settings, terminal=watched and not as_json)
+    options = Options(only, dry_run, retry_held, 0.0 if watched else splay)
     signals = Signals()
     with nullcontext() if dry_run else locked(settings.state_dir, wait):
         run = Sync(settings, binaries, options, report, signals)
@@ -140,30 +129,19 @@ def sync(
             run.run()
         finally:
             report.progress([])
-        results = [run.results[binary.name] for binary in binaries if binary.name in run.results]
-        results += [result for name, result in run.results.items() if name not in {binary.name for binary in binaries}]
+        order = {binary.name: at for at, binary in enumerate(binaries)}
+        results = sorted(run.results.values(), key=lambda result: order.get(result.name, len(order)))
         code = exit_code(results, run.troubles) if dry_run else run.finish(results)
     if as_json:
-        keys = {"name": "name", "outcome": "outcome", "fromMd5": "from_md5", "toMd5": "to_md5", "error": "error"}
-        rows = [{key: getattr(result, field) for key, field in keys.items()} for result in results]
-        rows = [{**row, "seconds": round(result.seconds, 3)} for row, result in zip(rows, results, strict=True)]
+        keys = ("name", "outcome", "fromMd5", "toMd5", "seconds", "error")
+        values = [(r.name, r.outcome, r.from_md5, r.to_md5, round(r.seconds, 3), r.error) for r in results]
+        rows = [dict(zip(keys, row, strict=True)) for row in values]
         click.echo(json.dumps({"results": rows}, indent=2))
     elif dry_run:
         for result in results:
             what = "would be updated" if result.outcome == "updated" else result.outcome
-            click.echo(clean(f"{result.name}: {what}: {result.note or result.error}"))
+            echo(f"{result.name}: {what}: {result.note or result.error}")
     return code
-
-
-def _manifest(settings: Settings, names: Iterable[str]) -> tuple[Binary, ...]:
-    """The manifest, of which `names` must be. Raises UsageError."""
-    binaries = load_manifest(settings)
-    known = [binary.name for binary in binaries]
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(
-            f"the manifest {settings.manifest} has no {', '.join(unknown)}; it has {', '.join(known) or 'nothing'}"
-        )
-    return binaries
 
 
 @cli.command()
@@ -171,7 +149,7 @@ def _manifest(settings: Settings, names: Iterable[str]) -> tuple[Binary, ...]:
 @click.option("--offline", is_flag=True, help="Compare with bin-manager's last known answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--check", is_flag=True, help="Exit 1 unless all is well, for monitoring.")
-@click.pass_obj
+@click.pass_context
 def status(context: Context, only: tuple[str, ...], offline: bool, as_json: bool, check: bool) -> int:
     """Show what runs, why it is not the latest, and what to type next.
 
@@ -180,25 +158,29 @@ def status(context: Context, only: tuple[str, ...], offline: bool, as_json: bool
       bin-proxy status
       bin-proxy status --check --offline
     """
-    from bin_proxy import status as view
+    from bin_proxy.status import judge_last_sync, survey, table, to_json
 
-    settings = context.settings()
+    settings = _settings(context)
     binaries = tuple(b for b in _manifest(settings, only) if not only or b.name in only)
-    found = view.survey(settings, binaries, offline=offline)
+    views, last_sync = survey(settings, binaries, offline=offline)
     if as_json:
-        click.echo(json.dumps(view.as_json(found), indent=2))
+        click.echo(json.dumps(to_json(views, last_sync), indent=2))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
-        for line in view.render(found, offline=offline, width=width):
+        for line in table(views, width):
             click.echo(line, color=False if "NO_COLOR" in os.environ else None)
-    return int(check and not all(row["well"] for row in found["binaries"]))
+        for view in views:
+            for _, text in view.findings:
+                echo(f"{view.row['name']}: {text}")
+        echo(f"last sync: {judge_last_sync(last_sync)[1]}")
+    return int(check and not all(view.well for view in views))
 
 
 @cli.command()
 @click.argument("name", shell_complete=_complete)
 @click.option("--to", metavar="MD5", help="A kept release, or the beginning of its MD5; see status --json.")
-@click.pass_obj
-def rollback(context: Context, name: str, to: str | None) -> int:
+@click.pass_context
+def rollback(context: Context, name: str, to: str | None) -> None:
     """Go back to the previous release of NAME.
 
     The release that is left is held: sync leaves it alone.
@@ -208,25 +190,21 @@ def rollback(context: Context, name: str, to: str | None) -> int:
       bin-proxy rollback manager
       bin-proxy rollback manager --to 0cc175b9
     """
-    settings = context.settings()
+    settings = _settings(context)
     from bin_proxy import by_hand
     from bin_proxy.guard import Signals
-    from bin_proxy.report import Report
 
-    binaries = _manifest(settings, [name])
-    report = Report(settings.log_file, terminal=sys.stdout.isatty(), verbose=context.verbose)
-    result = by_hand.roll_back(settings, binaries, name, to, report, Signals())
-    done = result.well and result.outcome == "updated"
-    click.echo(clean(by_hand.describe(result) if done else f"bin-proxy: {name}: {result.error}"), err=not done)
-    return 0 if done else 1
+    binaries = _manifest(settings, (name,))
+    report = _report(context, settings, terminal=sys.stdout.isatty())
+    echo(by_hand.roll_back(settings, binaries, name, to, report, Signals()))
 
 
 @cli.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
+@_names
 @click.option("--reason", default="", metavar="TEXT", help="For whoever comes next.")
 @click.option("--for", "duration", metavar="DURATION", help="Until when: 30m, 2h, 1d, 1h30m; without it, until resume.")
-@click.pass_obj
-def pause(context: Context, names: tuple[str, ...], reason: str, duration: str | None) -> int:
+@click.pass_context
+def pause(context: Context, names: tuple[str, ...], reason: str, duration: str | None) -> None:
     """Leave binaries as they are; without NAME, the host.
 
     \b
@@ -236,18 +214,15 @@ def pause(context: Context, names: tuple[str, ...], reason: str, duration: str |
     """
     from bin_proxy import by_hand
 
-    settings = context.settings()
+    settings = _settings(context)
     _manifest(settings, names)
-    seconds = None if duration is None else by_hand.parse_duration(duration)
-    for line in by_hand.pause(settings, names, reason, seconds):
-        click.echo(clean(line))
-    return 0
+    echo(by_hand.pause(settings, names, reason, duration))
 
 
 @cli.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
-@click.pass_obj
-def resume(context: Context, names: tuple[str, ...]) -> int:
+@_names
+@click.pass_context
+def resume(context: Context, names: tuple[str, ...]) -> None:
     """End the pause of binaries; without NAME, that of the host.
 
     \b
@@ -257,14 +232,12 @@ def resume(context: Context, names: tuple[str, ...]) -> int:
     """
     from bin_proxy import by_hand
 
-    settings = context.settings()
-    for line in by_hand.resume(settings, names):
-        click.echo(clean(line))
-    return 0
+    for line in by_hand.resume(_settings(context), names):
+        echo(line)
 
 
 @cli.command()
-@click.pass_obj
+@click.pass_context
 def doctor(context: Context) -> int:
     """Say what is wrong with this host, and what to do.
 
@@ -272,19 +245,13 @@ def doctor(context: Context) -> int:
     Examples:
       bin-proxy doctor | tee ticket.txt
     """
-    try:
-        settings = context.settings()
-    except UsageError as error:
-        for fault in error.faults:
-            click.echo(clean(f"WRONG  {fault}"))
-        return 1
     from bin_proxy.doctor import examine
 
-    wrong = 0
-    for well, line in examine(settings):
-        wrong += not well
-        click.echo(clean(f"{'ok   ' if well else 'WRONG'}  {line}"))
-    return int(bool(wrong))
+    code = 0
+    for well, line in examine(partial(_settings, context)):
+        echo(f"{'ok   ' if well else 'WRONG'}  {line}")
+        code = code if well else 1
+    return code
 
 
 def _fail(error: BinProxyError) -> int:
@@ -292,11 +259,10 @@ def _fail(error: BinProxyError) -> int:
         old = error.since is not None and time.time() - error.since > 900
         if old or sys.stderr.isatty():
             since = time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(error.since)) if error.since else ""
-            click.echo(f"bin-proxy: another bin-proxy is at work{since}", err=True)
+            echo(f"bin-proxy: another bin-proxy is at work{since}", err=True)
         return 75
-    lines = error.faults if isinstance(error, UsageError) else (str(error),)
-    for line in lines:
-        click.echo(clean(f"bin-proxy: {line}"), err=True)
+    for line in error.faults if isinstance(error, UsageError) else [str(error)]:
+        echo(f"bin-proxy: {line}", err=True)
     return 2 if isinstance(error, UsageError) else 1
 
 
@@ -310,8 +276,7 @@ def _open_standard_streams() -> None:
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def main() -> None:
@@ -320,8 +285,6 @@ def main() -> None:
     _open_standard_streams()
     try:
         code = cli.main(prog_name="bin-proxy", standalone_mode=False)
-    except click.exceptions.Exit as ended:
-        code = ended.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -341,4 +304,4 @@ def main() -> None:
             stream.flush()
         except OSError:  # nobody reads any more; the interpreter would try again at its end, and exit 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)  # None: a command that either succeeds or raises

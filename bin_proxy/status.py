@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import textwrap
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -18,18 +17,32 @@ from bin_proxy.manifest import Binary
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, inspect
 from bin_proxy.state import State
-from bin_proxy.supervisor import Process, Supervisor, choose
+from bin_proxy.supervisor import Process, Supervisor
 
-_WORST = ("FATAL", "UNKNOWN", "BACKOFF", "EXITED", "STOPPING", "STARTING", "STOPPED", "RUNNING")
+DEAD = ("FATAL", "UNKNOWN", "BACKOFF", "EXITED")
+_WORST = (*DEAD, "STOPPING", "STARTING", "STOPPED", "RUNNING")
 _COLOURS = {"current": "green", "paused": "cyan", "updating": "cyan", "outdated": "yellow", "unknown": "yellow"}
+_HEAD = ("NAME", "STATE", "INSTALLED", "LATEST", "SERVICE", "UPDATED")
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
+_WELL = ("current", "paused", "updating")
+_QUIET_FOR = 300.0
+
+
+@dataclass(frozen=True)
+class View:
+    """One binary: `row` is what `status --json` prints, `cells` stand in the table.
+
+    `findings` tell why it is as it is and what to type next, each with whether that is as it should be."""
+
+    row: dict[str, Any]
+    cells: tuple[str, ...]
+    findings: list[tuple[bool, str]]
+    well: bool
 
 
 def rfc3339(at: float | None) -> str | None:
     """Unix time in seconds as people and programs read it, with this host's offset."""
-    try:
-        return None if at is None else datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
-    except (ValueError, OverflowError, OSError):
-        return None  # beyond the calendar: a state file of another hand
+    return None if at is None else datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
 
 
 def restart_pending(pid: int, slot: Slot) -> bool | None:
@@ -46,7 +59,7 @@ def restart_pending(pid: int, slot: Slot) -> bool | None:
         return None
 
 
-def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -> dict[str, Any]:
+def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -> tuple[list[View], list[float]]:
     """Look at everything, touch nothing.
 
     Args:
@@ -55,182 +68,178 @@ def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -
         offline: compare with bin-manager's last known answer instead of asking.
 
     Returns:
-        what `status --json` prints; `well` and `answeredAt` (Unix time) of each binary besides.
+        what was found of each binary; and `last_sync` as the cache has it.
 
     Raises:
+        UsageError: bin-manager cannot be asked with these settings.
         HostError: STATE_DIR cannot be read.
     """
+    asked = {} if offline else _ask(settings, binaries)
     running = is_locked(settings.state_dir)
     state = State(settings.state_dir, ())
-    answers: dict[str, Any] = {name: answer for name, answer in state.cache.answers.items() if offline}
-    if not offline:
-        answers = _ask(settings, binaries)
-    listing: dict[str, Process] | HostError | None = None
-    if settings.supervisorctl and any(binary.services != () for binary in binaries):
-        try:
-            listing = Supervisor(settings.supervisorctl, settings.restart_timeout, lambda line: None).processes()
-        except HostError as error:
-            listing = error
-    running = running or is_locked(settings.state_dir)
-    rows = [_row(binary, state, answers.get(binary.name), listing, running, settings) for binary in binaries]
-    last = state.cache.last_sync
-    last_sync = {"at": rfc3339(last[0]), "exitCode": int(last[1])} if len(last) == 2 else None
-    return {"binaries": rows, "lastSync": last_sync}
+    running = running or is_locked(settings.state_dir)  # a sync that ended or began while its records were read
+    supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, lambda line: None)
+    answers = state.cache.answers if offline else asked
+    views = [_view(binary, state, supervisor, answers.get(binary.name), running) for binary in binaries]
+    return views, state.cache.last_sync
 
 
 def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> dict[str, Any]:
-    from bin_proxy.bin_manager import BinManager, Release  # imports requests, which an offline status does without
+    """By name, bin-manager's answer as the cache has it (but for its time), or what went wrong."""
+    from bin_proxy.bin_manager import BinManager  # imports requests, which an offline status does without
     from bin_proxy.workers import Workers
 
     api = BinManager(settings)
     limit = 3 * settings.http_timeout + 1
     workers = Workers(settings.jobs, lambda seconds: HostError(f"bin-manager did not answer within {seconds:g} s"))
     for binary in binaries:
-        workers.submit(binary, limit, partial(_latest, api, binary))
+        workers.submit(binary.name, limit, partial(_latest, api, binary))
     found: dict[str, Any] = {}
     while workers.busy():
-        for binary, outcome in workers.results(0.2):
-            release = isinstance(outcome, Release)
-            found[binary.name] = [binary.version, outcome.md5, time.time()] if release else outcome
+        found.update(workers.results(0.2))
     return found
 
 
-def _latest(api: Any, binary: Binary, job: object) -> Any:
-    return api.latest(binary)
+def _latest(api: Any, binary: Binary, job: object) -> list[Any]:
+    return [binary.version, api.latest(binary).md5, None]
 
 
-def _service(
-    binary: Binary, listing: dict[str, Process] | HostError | None, slot: Slot | None
-) -> tuple[dict[str, Any] | None, str]:
-    """The binary's service as JSON has it, and supervisor's words about it."""
-    name = ", ".join(binary.services or ())
-    if not isinstance(listing, Mapping) or binary.services == ():
-        return ({"name": name, "state": None, "pid": None, "restartPending": None} if name else None), ""
-    processes = choose(listing, binary.services, binary.name)
-    if not processes:
+def _service(binary: Binary, processes: list[Process], slot: Slot | None) -> tuple[dict[str, Any] | None, str]:
+    """The binary's service as JSON has it, and for how long it has run, in supervisor's words."""
+    name = ", ".join(binary.services or (process.name for process in processes))
+    if not name:
         return None, ""
-    worst = min(processes, key=lambda process: _WORST.index(process.state))
+    worst = min(processes, key=lambda process: _WORST.index(process.state), default=None)
     pending = [restart_pending(process.pid, slot) for process in processes if process.pid and slot]
     service = {
-        "name": name or ", ".join(process.name for process in processes),
-        "state": worst.state,
+        "name": name,
+        "state": worst and worst.state,
         "pid": processes[0].pid if len(processes) == 1 else None,
-        "restartPending": True if True in pending else None if None in pending else False,
+        "restartPending": True if True in pending else None if None in pending or not processes else False,
     }
-    return service, worst.words
+    return service, worst.words.partition("uptime ")[2] if worst else ""
 
 
-def _row(
-    binary: Binary,
-    state: State,
-    answer: Any,
-    listing: dict[str, Process] | HostError | None,
-    running: bool,
-    settings: Settings,
-) -> dict[str, Any]:
-    now, memory, errors = time.time(), state.remembered().get(binary.name), []
-    slot, service, words = None, None, ""
+def _view(binary: Binary, state: State, supervisor: Supervisor, answer: Any, running: bool) -> View:
+    name, memory = binary.name, state.memory(binary.name)
+    errors: list[str] = []
+    processes: list[Process] = []
+    slot, latest, answered = None, "", None
     try:
         slot = inspect(binary.path, state.cache.digests.get(binary.path))
-        service, words = _service(binary, listing, slot)
+        processes = supervisor.of(binary)
     except HostError as error:
         errors.append(str(error))
-    if not settings.supervisorctl and binary.services:
-        errors.append(f"there is no supervisorctl for {', '.join(binary.services)}: install it, or set SUPERVISORCTL")
-    if isinstance(listing, HostError) and binary.services != ():
-        errors.append(str(listing))
     if isinstance(answer, BinProxyError):
         errors.append(str(answer))
-        answer = None
-    if answer and answer[0] != binary.version:
-        answer = None  # of the time before the manifest named another version
-    installed, latest = slot.md5 if slot else None, answer[1] if answer else None
-    pause, way_out = state.pause_of(binary.name, now)
-    hold = next((hold for hold in memory.holds if hold.md5 == latest), None) if memory and latest != installed else None
-    retry = memory.retries.get(latest) if memory and latest else None
-    until = memory.unwell.until if memory and memory.unwell else retry.until if retry and latest != installed else None
-    if binary.name in state.records:
-        shown = "updating" if running else "interrupted"
-    else:
-        checks = (("paused", pause), ("unknown", not latest), ("missing", not installed), ("held", hold))
-        shown = next((name for name, applies in checks if applies), "current" if installed == latest else "outdated")
-    told = next((str(t[2]) for key, t in state.cache.troubles.items() if key.split(" ")[0] == binary.name), None)
-    dead = service is not None and service["state"] in _WORST[:4]
-    splay = bool(memory and latest in memory.seen and not retry)
-    fine = (
-        shown in ("current", "paused", "updating")
-        or (hold and hold.by == "operator")
-        or (splay and shown == "outdated")
-    )
-    backups = Backups(settings.state_dir).listed(binary.name, memory.backups if memory else [])
-    return {
-        "name": binary.name,
+    elif answer and answer[0] == binary.version:  # not of the time before the manifest named another version
+        _, latest, answered = answer
+    installed = slot.md5 if slot else None
+    service, uptime = _service(binary, processes, slot)
+    pause, way_out = state.pause_of(name, time.time())
+    hold = next((hold for hold in memory.holds if hold.md5 == latest != installed), None)
+    retry = memory.unwell or (memory.retries.get(latest) if latest != installed else None)
+    begun = name in state.records
+    states: dict[str, object] = {"updating": begun and running, "interrupted": begun, "paused": pause}
+    states |= {"unknown": not latest, "missing": not installed, "held": hold, "current": installed == latest}
+    shown = next((name for name, applies in states.items() if applies), "outdated")
+    by_operator = bool(shown == "held" and hold and hold.by == "operator")
+    splay = shown == "outdated" and latest in memory.seen and not retry
+    told = next((str(text) for key, (_, _, text) in state.cache.troubles.items() if key.split(" ")[0] == name), None)
+    row = {
+        "name": name,
         "path": binary.path,
         "version": binary.version,
         "state": shown,
         "installedMd5": installed,
-        "latestMd5": latest,
+        "latestMd5": latest or None,
         "currentMd5": binary.reported,
         "service": service,
         "held": hold and {"md5": hold.md5, "reason": hold.reason, "since": rfc3339(hold.since)},
         "paused": pause and {"reason": pause.reason, "since": rfc3339(pause.since), "until": rfc3339(pause.until)},
-        "retryAt": rfc3339(until),
-        "updatedAt": rfc3339(memory.updated_at) if memory else None,
-        "backups": backups,
-        "error": "; ".join(errors) or (told if shown not in ("current", "paused") else None),
-        "well": bool(fine and not errors and not dead and not (service and service["restartPending"])),
-        "answeredAt": answer[2] if answer else None,
-        "words": words,
-        "wayOut": way_out,
-        "byOperator": bool(hold and hold.by == "operator"),
+        "retryAt": rfc3339(retry.until if retry else None),
+        "updatedAt": rfc3339(memory.updated_at),
+        "backups": Backups(state.folder).listed(name, memory.backups),
+        "error": "; ".join(errors) or (told if shown not in _WELL else None),
     }
+    findings = _findings(row, errors, way_out, by_operator)
+    well = (by_operator or splay or shown in _WELL) and all(fine for fine, _ in findings)
+    return View(row, _cells(row, uptime, answered, by_operator), findings, well)
 
 
-def as_json(found: dict[str, Any]) -> dict[str, Any]:
-    """What `survey` found, less what is for the table alone."""
-    extra = ("well", "answeredAt", "words", "byOperator", "wayOut")
-    rows = [{key: value for key, value in row.items() if key not in extra} for row in found["binaries"]]
-    return {**found, "binaries": rows}
+def _findings(row: dict[str, Any], errors: list[str], way_out: str, by_operator: bool) -> list[tuple[bool, str]]:
+    held, paused, service = row["held"], row["paused"], row["service"]
+    again = f"bin-proxy sync --only {row['name']}"
+    found = [(False, error) for error in errors]
+    if paused:
+        until = f" until {_plain(paused['until'])}" if paused["until"] else ""
+        why = paused["reason"] or "no reason given"
+        found.append((True, f"paused since {_plain(paused['since'])}{until} ({why}): {way_out}"))
+    elif held:
+        found.append((by_operator, f"{held['md5'][:8]} is held since {_plain(held['since'])}: {held['reason']}"))
+        found.append((by_operator, f"to try it again: {again} --retry-held"))
+    elif row["error"]:
+        found = found or [(False, row["error"])]
+    elif row["state"] in ("missing", "outdated") and not row["retryAt"]:
+        found.append((True, f"the next sync installs {row['latestMd5'][:8]}; now: {again}"))
+    if row["retryAt"]:
+        found.append((True, f"tried again at {_plain(row['retryAt'])}; now: {again} --retry-held"))
+    if row["state"] == "interrupted":
+        found.append((False, f"an update was cut off: {again} finishes or undoes it"))
+    if service and service["restartPending"]:
+        again = f"supervisorctl restart {service['name']}"
+        found.append((False, f"the service runs another file than the installed one: {again}"))
+    if service and service["state"] in DEAD:
+        found.append((False, f"service {service['name']} is {service['state']}: supervisorctl tail {service['name']}"))
+    return found
 
 
-def render(found: dict[str, Any], *, offline: bool, width: int) -> list[str]:
-    """Lay out what `survey` found for people.
-
-    Args:
-        found: see `survey`.
-        offline: the age of bin-manager's answers is told.
-        width: columns; a table that does not fit becomes a block for each binary.
-
-    Returns:
-        the lines, with colours.
-    """
-    head = ("NAME", "STATE", "INSTALLED", "LATEST", "SERVICE", "UPDATED")
-    table = [(head, "")] + [(_cells(row, offline), row["state"]) for row in found["binaries"]]
-    widths = [max(len(cells[at]) for cells, _ in table) for at in range(len(head))]
-    lines = []
-    if sum(widths) + 2 * len(widths) <= width:
-        for cells, state in table:
-            padded = [cell.ljust(size) for cell, size in zip(cells, widths, strict=True)]
-            padded[1] = _paint(padded[1], state)
-            lines.append("  ".join(padded).rstrip())
-    else:
-        for cells, state in table[1:]:
-            lines.append(f"{cells[0]}: {_paint(cells[1], state)}")
-            lines += [f"  {title.lower():9} {cell}" for title, cell in list(zip(head, cells, strict=True))[2:]]
-    for row in found["binaries"]:
-        lines += [f"{row['name']}: {line}" for line in _advice(row)]
-    last = found["lastSync"]
-    ago = f"{_ago(datetime.fromisoformat(last['at']).timestamp())} ago ({_plain(last['at'])})" if last else ""
-    lines.append(
-        f"last sync: {ago}, exit {last['exitCode']}" if last else "last sync: none yet: does cron run bin-proxy sync?"
-    )
-    return [part for line in lines for part in _wrap(line, width)]
+def _cells(row: dict[str, Any], uptime: str, answered: float | None, by_operator: bool) -> tuple[str, ...]:
+    service, words = row["service"], ["-"]
+    if service:
+        pending = "(restart pending)" if service["restartPending"] else ""
+        words = [service["state"] or "?", str(service["pid"] or ""), uptime, pending]
+    latest = (row["latestMd5"] or "?")[:8] + (f" ({_ago(answered)} ago)" if answered else "")
+    state = "held by operator" if by_operator else row["state"]
+    updated = _plain(row["updatedAt"] or "-")[:16]
+    cells = (row["name"], state, (row["installedMd5"] or "-")[:8], latest, " ".join(filter(None, words)), updated)
+    return tuple(clean(cell) for cell in cells)
 
 
-def _wrap(line: str, width: int) -> list[str]:
-    if len(click.unstyle(line)) <= width:
-        return [line]
-    return textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+def to_json(views: list[View], last_sync: list[float]) -> dict[str, Any]:
+    """What `survey` found, as `status --json` prints it."""
+    last = {"at": rfc3339(last_sync[0]), "exitCode": int(last_sync[1])} if last_sync else None
+    return {"binaries": [view.row for view in views], "lastSync": last}
+
+
+def table(views: list[View], width: int) -> list[str]:
+    """Lay the binaries out, with colours; a table of more than `width` columns becomes a block for each."""
+    widths = [max(map(len, column)) for column in zip(_HEAD, *(view.cells for view in views), strict=True)]
+    if sum(widths) + 2 * len(widths) > width:
+        lines = []
+        for view in views:
+            lines.append(f"{view.cells[0]}: {_paint(view.cells[1], view)}")
+            lines += [f"  {title.lower():9} {cell}" for title, cell in list(zip(_HEAD, view.cells, strict=True))[2:]]
+        return lines
+    lines = ["  ".join(map(str.ljust, _HEAD, widths))]
+    for view in views:
+        padded = list(map(str.ljust, view.cells, widths))
+        lines.append("  ".join([padded[0], _paint(padded[1], view), *padded[2:]]))
+    return [line.rstrip() for line in lines]
+
+
+def _paint(text: str, view: View) -> str:
+    return click.style(text, fg=_COLOURS.get(view.row["state"], "red"), bold=True)
+
+
+def judge_last_sync(last_sync: list[float]) -> tuple[bool, str]:
+    """Whether the last sync is as recent as it should be, and when it was and how it ended."""
+    if not last_sync:
+        return False, "none yet: does cron run bin-proxy sync?"
+    at, code = last_sync
+    recent = -60 < time.time() - at < _QUIET_FOR
+    text = f"{_ago(at)} ago ({_plain(str(rfc3339(at)))}), exit {code:.0f}"
+    return recent, text if recent else f"{text}: does cron run it?"
 
 
 def _plain(at: str) -> str:
@@ -238,57 +247,7 @@ def _plain(at: str) -> str:
     return at[:19].replace("T", " ")
 
 
-def _paint(text: str, state: str) -> str:
-    return click.style(text, fg=_COLOURS.get(state, "red"), bold=True) if state else text
-
-
 def _ago(at: float) -> str:
     seconds = max(0, int(time.time() - at))
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
-
-
-def _cells(row: dict[str, Any], offline: bool) -> tuple[str, ...]:
-    latest = (row["latestMd5"] or "?")[:8]
-    if offline and row["answeredAt"]:
-        latest += f" ({_ago(row['answeredAt'])} ago)"
-    service, words = row["service"], row["words"]
-    shown = "-"
-    if service:
-        since = words.partition("uptime ")[2]
-        shown = (
-            f"{service['state'] or '?'}"
-            + (f" {service['pid']}" if service["pid"] else "")
-            + (f" {since}" if since else "")
-        )
-        shown += " (restart pending)" if service["restartPending"] else ""
-    state = "held by operator" if row["byOperator"] else row["state"]
-    updated = (row["updatedAt"] or "-")[:16].replace("T", " ")
-    return tuple(clean(cell) for cell in (row["name"], state, (row["installedMd5"] or "-")[:8], latest, shown, updated))
-
-
-def _advice(row: dict[str, Any]) -> list[str]:
-    """Why a binary is as it is, and what to type next."""
-    name, lines = row["name"], []
-    if row["paused"]:
-        until = f" until {_plain(row['paused']['until'])}" if row["paused"]["until"] else ""
-        why = row["paused"]["reason"] or "no reason given"
-        lines.append(f"paused since {_plain(row['paused']['since'])}{until} ({why}): {row['wayOut']}")
-    elif row["held"]:
-        lines.append(f"{row['held']['md5'][:8]} is held since {_plain(row['held']['since'])}: {row['held']['reason']}")
-        lines.append(f"to try it again: bin-proxy sync --only {name} --retry-held")
-    elif row["error"]:
-        lines.append(str(row["error"]))
-    elif row["state"] in ("missing", "outdated") and not row["retryAt"]:
-        lines.append(f"the next sync installs {row['latestMd5'][:8]}; now: bin-proxy sync --only {name}")
-    if row["retryAt"]:
-        lines.append(f"tried again at {_plain(row['retryAt'])}; now: bin-proxy sync --only {name} --retry-held")
-    if row["state"] == "interrupted":
-        lines.append(f"an update was cut off: bin-proxy sync --only {name} finishes or undoes it")
-    if row["service"] and row["service"]["restartPending"]:
-        lines.append(
-            f"the service runs another file than the installed one: supervisorctl restart {row['service']['name']}"
-        )
-    return [clean(line) for line in lines]
+    size, unit = next((pair for pair in _UNITS if seconds >= pair[0]), (1, "s"))
+    return f"{seconds // size} {unit}"

@@ -521,6 +521,13 @@ def test_doctor() -> None:
         (host.root / "config").write_text("JOBS=$MANY\n")
         [line] = findings(host)
         assert f"{host.root}/config:1" in line and "JOBS" in line
+        (host.root / "token").write_text("s3cret")
+        (host.root / "config").write_text(f"BIN_MANAGER_TOKEN_FILE={host.root}/token\n")
+        assert findings(host) == []
+        (host.root / "config").write_text("BIN_MANAGER_TOKEN=s3cret\n")
+        (host.root / "config").chmod(0o644)
+        [line] = findings(host)
+        assert "token" in line and f"chmod o-r {host.root}/config" in line
         (host.root / "config").write_text("")
 
         [line] = findings(host, "--manifest", str(host.root / "absent.json"))
