@@ -80,10 +80,11 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-def host_error(doing: str, error: OSError) -> HostError:
-    """Say a failed system call in one line: what was being done, to which file, why it failed."""
-    where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
-    return HostError(f"cannot {doing}: {error.strerror or error}{where}")
+def host_error(doing: str, error: Exception) -> HostError:
+    """Say what failed, above all a system call, in one line: what was being done, to which file, why it failed."""
+    file = getattr(error, "filename", None)
+    where = f" ({file})" if file and str(file) not in doing else ""
+    return HostError(f"cannot {doing}: {getattr(error, 'strerror', None) or error}{where}")
 
 
 @contextmanager

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from json import JSONDecoder
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
 from bin_proxy.atomic import write_atomically
-from bin_proxy.errors import HostError, UsageError, host_error
+from bin_proxy.errors import UsageError, host_error
 from bin_proxy.settings import Settings, untrusted
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _SERVICE = re.compile(r"[^\s:*]+(?::(?:\*|[^\s:*]+))?")
-_LARGEST = 16 * 1024 * 1024
+_NO_ARGUMENT = re.compile(r"[\0\ud800-\udfff]")  # what execve(2) cannot be given
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+# In JSON, every string; with its value where it is the key of a string or null.
+_MEMBER = re.compile(rf"({_STRING})(?:\s*:\s*({_STRING}|null))?")
+_LARGEST = 16 * 1024 * 1024  # characters: no device is read for ever
 
 
 @dataclass(frozen=True)
@@ -76,48 +79,36 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
     """
     path = settings.manifest
     try:
-        faults = untrusted(path)
-        if faults:
+        if faults := untrusted(path):
             raise UsageError(*faults)
         data = _parse(_read(path))
-    except OSError as error:
-        raise UsageError(f"manifest {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UsageError(f"manifest {path}: {error}") from None
-    binaries: list[Binary] = []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"manifest {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    entries: list[dict[str, Any]] = []
     seen: dict[str, str] = {}  # names, and files by the name that has them
     for at, entry in enumerate(data["binaries"]):
         where = f"manifest {path}: binaries[{at}]"
         if not isinstance(entry, dict):
             faults.append(f"{where} is not an object")
             continue
-        name = entry.get("name")
-        where += f" ({name[:130]!r})" if isinstance(name, str) else ""
-        found = _faults(entry)
-        if isinstance(name, str) and _WORD.fullmatch(name):
-            file = entry.get("path", os.path.join(settings.bin_dir, name))
-            real = os.path.realpath(file) if _is_text(file) else ""
-            found += ["its name stands twice"] if name in seen else []
-            found += [f"it shares the file {real} with {seen[real]}"] if seen.get(real, name) != name else []
-            seen |= {name: name, real: name} if real else {name: name}
-        if found:
-            faults += [f"{where}: {fault}" for fault in found]
-        else:
-            binaries.append(_binary(entry, settings))
+        if isinstance(entry.get("name"), str):
+            where += f" ({entry['name'][:130]!r})"
+        fields, wrong = _fields(entry, settings)
+        if name := fields["name"]:
+            file = os.path.realpath(fields["path"]) if fields["path"] else name
+            wrong += ["its name stands twice"] if name in seen else []
+            wrong += [f"it shares the file {file} with {seen[file]}"] if seen.get(file, name) != name else []
+            seen |= {name: name, file: name}
+        faults += [f"{where}: {fault}" for fault in wrong]
+        entries.append(fields)
     if faults:
         raise UsageError(*faults)
-    return tuple(binaries)
+    return tuple(Binary(**fields) for fields in entries)
 
 
 def _read(path: str) -> str:
-    with open(path, "rb") as file:
-        raw = file.read(_LARGEST + 1)
-    if len(raw) > _LARGEST:
-        raise ValueError(f"it is larger than {_LARGEST} bytes")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read(_LARGEST)
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -127,83 +118,88 @@ def _parse(text: str) -> dict[str, Any]:
     return data
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value) and value.isprintable()
-
-
-def _is_arguments(value: object) -> bool:
-    words = value if isinstance(value, list) and value and value[0] else [None]
-    return all(isinstance(word, str) and "\0" not in word and _is_unicode(word) for word in words)
-
-
-def _is_unicode(word: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in word)
-
-
-def _faults(entry: dict[str, Any]) -> list[str]:
+def _fields(entry: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a `Binary`, None where the entry breaks a rule, and each rule that it breaks."""
+    fields: dict[str, Any] = {
+        "version": "latest",
+        "path": os.path.join(settings.bin_dir, str(entry.get("name"))),
+        "min_healthy": settings.min_healthy,
+        "health_timeout": settings.health_timeout,
+        **dict.fromkeys(("services", "health", "verify", "reported")),
+    }
     faults = []
-    for key in ("name", "version"):
-        value = entry.get(key, "latest" if key == "version" else None)
-        if not isinstance(value, str) or not _WORD.fullmatch(value):
-            faults.append(
-                f"{key} must match [A-Za-z0-9][A-Za-z0-9._+-]*, at most 128 characters, not {str(value)[:140]!r}"
-            )
-    path = entry.get("path", "/default")
-    if not _is_text(path) or not os.path.isabs(path) or path.endswith("/"):
-        faults.append(f"path must be the absolute path of a file, not {str(path)[:140]!r}")
-    service = entry.get("service", False)
-    names = service if isinstance(service, list) and service else [service]
-    if service is not False and not all(_is_text(name) and _SERVICE.fullmatch(name) for name in names):
-        faults.append('service must be "program", "group:program", "group:*", a list of these, or false')
-    for key in ("minHealthySeconds", "healthTimeout"):
-        value = entry.get(key, 0)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 86400:
-            faults.append(f"{key} must be a number of seconds from 0 to 86400, not {str(value)[:40]!r}")
-    if "healthCheck" in entry and _health(entry["healthCheck"]) is None:
-        faults.append(
-            'healthCheck must be {"tcp": "host:port"}, {"http": "http://…"} or {"command": ["/path", "argument"]}'
-        )
-    if "verifyCommand" in entry and not _is_arguments(entry["verifyCommand"]):
-        faults.append('verifyCommand must be a list of arguments, such as ["{file}", "--version"]')
-    if not isinstance(entry.get("currentMd5", ""), (str, type(None))):
-        faults.append("currentMd5 must be a string")
-    return faults
+    for key, (field, convert, rule) in _KEYS.items():
+        if key in entry or key == "name":
+            fields[field] = convert(entry.get(key))
+            if fields[field] is None:
+                faults.append(f"{key} must {rule}".replace("VALUE", repr(str(entry.get(key))[:140])))
+    return fields, faults
 
 
-def _health(check: object) -> HealthCheck | None:
-    if not isinstance(check, dict) or len(check) != 1:
-        return None
-    [(kind, target)] = check.items()
-    if kind == "command" and _is_arguments(target):
-        return HealthCheck(kind, tuple(target))
-    if not _is_text(target) or " " in target:
+# What follows takes any JSON value and gives what `Binary` holds of it, or None where it breaks the rule.
+
+
+def _word(value: Any) -> str | None:
+    return value if isinstance(value, str) and _WORD.fullmatch(value) else None
+
+
+def _path(value: Any) -> str | None:
+    fits = isinstance(value, str) and value.isprintable() and os.path.isabs(value) and not value.endswith("/")
+    return os.path.normpath(value) if fits else None
+
+
+def _services(value: Any) -> tuple[str, ...] | None:
+    names = value if isinstance(value, list) else [value]
+    if value is False:
+        return ()
+    fits = all(isinstance(name, str) and name.isprintable() and _SERVICE.fullmatch(name) for name in names)
+    return tuple(names) if names and fits else None
+
+
+def _seconds(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and 0 <= value <= 86400 else None
+
+
+def _arguments(value: Any) -> tuple[str, ...] | None:
+    fits = isinstance(value, list) and all(isinstance(word, str) and not _NO_ARGUMENT.search(word) for word in value)
+    return tuple(value) if fits and value and value[0] else None
+
+
+def _reported(value: Any) -> str | None:
+    return (value or "") if isinstance(value, (str, type(None))) else None
+
+
+def _health(check: Any) -> HealthCheck | None:
+    [(kind, target)] = check.items() if isinstance(check, dict) and len(check) == 1 else [("", "")]
+    if kind == "command":
+        words = _arguments(target)
+        return HealthCheck(kind, words) if words else None
+    if not isinstance(target, str) or not target.isprintable() or " " in target:
         return None
     try:
         parts = urlsplit(target if kind == "http" else f"//{target}")
-        if kind == "tcp" and parts.hostname and parts.port and parts.netloc == target and not parts.username:
-            return HealthCheck(kind, target)
-        if kind == "http" and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return HealthCheck(kind, target)
-    except ValueError:
-        pass  # a port that is none
-    return None
+        is_tcp = kind == "tcp" and parts.port and parts.netloc == target and "@" not in target
+        is_http = kind == "http" and parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # a port that is none
+        return None
+    return HealthCheck(kind, target) if parts.hostname and (is_tcp or is_http) else None
 
 
-def _binary(entry: dict[str, Any], settings: Settings) -> Binary:
-    service = entry.get("service")
-    services = () if service is False else tuple(service) if isinstance(service, list) else (service,)
-    return Binary(
-        name=entry["name"],
-        version=entry.get("version", "latest"),
-        path=os.path.normpath(entry.get("path") or os.path.join(settings.bin_dir, entry["name"])),
-        services=services if "service" in entry else None,
-        health=_health(entry.get("healthCheck")),
-        min_healthy=float(entry.get("minHealthySeconds", settings.min_healthy)),
-        health_timeout=float(entry.get("healthTimeout", settings.health_timeout)),
-        verify=tuple(entry["verifyCommand"]) if "verifyCommand" in entry else None,
-        reported=(entry["currentMd5"] or "") if "currentMd5" in entry else None,
-    )
+_WORDS = "match [A-Za-z0-9][A-Za-z0-9._+-]*, at most 128 characters, not VALUE"
+_TIME = "be a number of seconds from 0 to 86400, not VALUE"
+_CHECKS = 'be {"tcp": "host:port"}, {"http": "http://…"} or {"command": ["/path", "argument"]}'
+# key: (field of Binary, converter, what a value must do)
+_KEYS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "name": ("name", _word, _WORDS),
+    "version": ("version", _word, _WORDS),
+    "path": ("path", _path, "be the absolute path of a file, not VALUE"),
+    "service": ("services", _services, 'be "program", "group:program", "group:*", a list of these, or false'),
+    "minHealthySeconds": ("min_healthy", _seconds, _TIME),
+    "healthTimeout": ("health_timeout", _seconds, _TIME),
+    "healthCheck": ("health", _health, _CHECKS),
+    "verifyCommand": ("verify", _arguments, 'be a list of arguments, such as ["{file}", "--version"]'),
+    "currentMd5": ("reported", _reported, "be a string"),
+}
 
 
 def record_md5s(path: str, digests: Mapping[str, str]) -> None:
@@ -218,62 +214,26 @@ def record_md5s(path: str, digests: Mapping[str, str]) -> None:
     Raises:
         HostError: it cannot be read, understood or written; it is as it was.
     """
-    real = os.path.realpath(path)
     try:
-        for _ in range(5):
-            seen = _identity(real)
-            old = _read(real)
-            new = _with_md5s(old, digests)
-            if new == old:
-                return
-            if write_atomically(real, new.encode(), like=real, still=partial(_is_still, real, seen)):
-                return
-    except OSError as error:
+        if not any(_recorded(os.path.realpath(path), digests) for _ in range(5)):
+            raise ValueError("it keeps changing")
+    except (OSError, ValueError) as error:
         raise host_error(f"record the new MD5 in manifest {path}", error) from error
-    except ValueError as error:
-        raise HostError(f"cannot record the new MD5 in manifest {path}: {error}") from None
-    raise HostError(f"cannot record the new MD5 in manifest {path}: it keeps changing")
 
 
-def _is_still(path: str, seen: tuple[int, int, int, int]) -> bool:
-    return _identity(path) == seen
-
-
-def _identity(path: str) -> tuple[int, int, int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def _recorded(path: str, digests: Mapping[str, str]) -> bool:
+    old = _read(path)
+    new = _with_md5s(old, digests)
+    return new == old or write_atomically(path, new.encode(), like=path, still=lambda: _read(path) == old)
 
 
 def _with_md5s(text: str, digests: Mapping[str, str]) -> str:
-    data = _parse(text)
-    [at] = [start for key, start, _ in _values(text, _skip(text, 0)) if key == "binaries"]
-    pieces, copied = [], 0
-    for entry, (_, start, _) in zip(data["binaries"], _values(text, at), strict=True):
-        if not isinstance(entry, dict) or "currentMd5" not in entry:
-            continue
-        md5 = digests.get(str(entry.get("name")))
-        if md5 is not None and entry["currentMd5"] != md5:
-            [(begin, end)] = [span for key, *span in _values(text, start) if key == "currentMd5"]
-            pieces += [text[copied:begin], json.dumps(md5)]
-            copied = end
-    return "".join([*pieces, text[copied:]])
-
-
-def _skip(text: str, at: int) -> int:
-    while text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _values(text: str, at: int) -> Iterator[tuple[str, int, int]]:
-    """The key (of an object), begin and end of each value of the object or array at `at`, in text known to be JSON."""
-    scan, of_object, key = JSONDecoder().raw_decode, text[at] == "{", ""
-    at = _skip(text, at + 1)
-    while text[at] not in "]}":
-        if of_object:
-            key, at = scan(text, at)
-            at = _skip(text, _skip(text, at) + 1)
-        _, end = scan(text, at)
-        yield key, at, end
-        at = _skip(text, end)
-        at = _skip(text, at + 1) if text[at] == "," else at
+    values = [found.span(2) for found in _MEMBER.finditer(text) if found[2] and json.loads(found[1]) == "currentMd5"]
+    # Every second piece is the value of a currentMd5. Some are not of an entry but of what is unknown to us: with its
+    # number in the place of each, parsing tells which is where.
+    pieces = [text[begin:end] for begin, end in pairwise([0, *(at for span in values for at in span), len(text)])]
+    numbered = "".join(f'"{at}"' if at % 2 else piece for at, piece in enumerate(pieces))
+    for entry in _parse(numbered)["binaries"]:
+        if isinstance(entry, dict) and isinstance(entry.get("currentMd5"), str) and str(entry.get("name")) in digests:
+            pieces[int(entry["currentMd5"])] = json.dumps(digests[str(entry["name"])])
+    return "".join(pieces)

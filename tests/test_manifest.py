@@ -217,7 +217,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
 def test_what_is_no_utf8_is_refused(tmp_path: Path, raw: bytes) -> None:
     """The manifest is UTF-8, as JSON is."""
     [fault] = faults_of(tmp_path, raw)
-    assert "UTF-8" in fault
+    assert "utf-8" in fault
 
 
 def test_a_manifest_that_is_absent_or_a_folder_is_said(tmp_path: Path) -> None:
