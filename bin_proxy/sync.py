@@ -18,7 +18,7 @@ from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseE
 from bin_proxy.guard import Signals
 from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.plan import Result, short
-from bin_proxy.report import Report, write_metrics
+from bin_proxy.report import Report, echo, write_metrics
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Slot, discard, inspect, part_path, remember
 from bin_proxy.staging import Part, Space, stage
@@ -294,18 +294,19 @@ class Sync:
         Returns:
             the exit code.
         """
-        code, now, cache = exit_code(results, self.troubles), time.time(), self.state.cache
-        cache.last_sync = [now, float(code)]
-        self._report.troubles(results, self.troubles, cache, now)
-        try:
-            self.state.save_cache(durable=any(result.seconds for result in results))
+        now, cache = time.time(), self.state.cache
+        cache.last_sync = [now, float(exit_code(results, self.troubles))]
+        with self._noted():
             if self._settings.metrics_file:
                 pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}
                 write_metrics(self._settings.metrics_file, cache, list(self._binaries), pauses)
-        except HostError as error:
-            self._report.troubles([], [str(error)], cache, now)
-            return 1
-        return code
+        self._report.troubles(results, self.troubles, cache, now)
+        with self._noted():
+            self.state.save_cache(durable=any(result.seconds for result in results))
+            return exit_code(results, self.troubles)
+        self._report.log(self.troubles[-1])  # every minute, as nothing can be remembered of it
+        echo(f"bin-proxy: {self.troubles[-1]}", err=True)
+        return 1
 
 
 def _tries(name: str) -> str:

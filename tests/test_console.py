@@ -635,6 +635,8 @@ def test_metrics_of_a_failure(host: Host) -> None:
     host.server.publish("a+b.c", good("v1"))
     done = host.sync(METRICS_FILE=str(host.root / "absent" / "m.prom"))
     assert done.returncode == 1 and "METRICS_FILE" in done.stderr and host.disk_md5("a+b.c") == md5(good("v1"))
+    again = host.sync(METRICS_FILE=str(host.root / "absent" / "m.prom"))
+    assert (again.returncode, again.stderr) == (1, ""), "it is told once, not every minute"
 
 
 # splay

@@ -120,6 +120,14 @@ def test_a_state_file_with_a_word_where_a_list_or_an_object_belongs_is_unreadabl
         assert [name for name, _ in State(str(tmp_path), ("manager",)).unreadable] == [file], content
 
 
+@pytest.mark.parametrize("date", [-1.0, 1e12, 1e300, "1e999"])
+def test_a_state_file_with_a_date_beyond_the_calendar_is_unreadable(date: float | str, tmp_path: Path) -> None:
+    """No calendar can show it, so whoever tells it would stumble."""
+    text = json.dumps({"version": 1, "pauses": {"*": {"reason": "", "since": 0.0, "until": None}}})
+    (tmp_path / "pauses.json").write_text(text.replace("0.0", str(date)))
+    assert [name for name, _ in State(str(tmp_path), ()).unreadable] == ["pauses.json"]
+
+
 @relaxed
 @given(at=st.integers(0, 12), drawn=_json)
 def test_an_answer_in_which_one_value_is_another(at: int, drawn: Any) -> None:
