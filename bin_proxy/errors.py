@@ -13,11 +13,7 @@ class BinProxyError(Exception):
 
 
 class UsageError(BinProxyError):
-    """The command line, the settings or the manifest are at fault; nothing was touched.
-
-    Args:
-        faults: one line each, all that were found.
-    """
+    """The command line, the settings or the manifest are at fault (one line for each); nothing was touched."""
 
     def __init__(self, *faults: str) -> None:
         super().__init__("; ".join(faults))
@@ -25,11 +21,7 @@ class UsageError(BinProxyError):
 
 
 class Busy(BinProxyError):
-    """Another run holds the lock.
-
-    Args:
-        since: Unix time in seconds at which that run began; None where it is not known.
-    """
+    """Another run holds the lock, `since` (Unix time) where that is known."""
 
     def __init__(self, since: float | None) -> None:
         super().__init__("another bin-proxy is at work")
@@ -69,11 +61,7 @@ class ReleaseError(BinProxyError):
 
 
 class Interrupted(BaseException):
-    """A signal asks to end. Not an Exception, so that no handler of errors takes it for one.
-
-    Args:
-        signum: the signal's number.
-    """
+    """A signal asks to end. Not an Exception, so that no handler of errors takes it for one."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)

@@ -49,18 +49,13 @@ class Signals:
 
 @contextmanager
 def locked(state_dir: str, wait: float) -> Iterator[None]:
-    """Hold the lock of STATE_DIR, which is made if absent.
-
-    Args:
-        state_dir: one for each manifest.
-        wait: seconds to wait for another run.
+    """Hold the lock of STATE_DIR, which is made if absent, after waiting up to `wait` seconds for another run.
 
     Raises:
         Busy: another run holds it.
         UsageError: others than root could write what lies there.
         HostError: it cannot be had.
     """
-    holder = os.path.join(state_dir, "running.json")
     try:
         make_folder(state_dir, 0o755)
         # Whoever writes a record there says which file is replaced by which.
@@ -70,18 +65,17 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
             raise UsageError(*dict.fromkeys(faults))
         # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
         lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o600, fallback_to_soft=False)
-        lock.acquire(timeout=wait, poll_interval=0.2)
-        os.chmod(lock.lock_file, 0o600)  # whoever may open it may hold it
+        held = lock.acquire(timeout=wait, poll_interval=0.2)
+        os.chmod(lock.lock_file, 0o600)  # whoever may open it may hold it, and an older one may be open to more
     except Timeout:
         raise Busy(running_since(state_dir)) from None
     except (OSError, NotImplementedError) as error:
-        raise host_error(f"lock {state_dir}", error if isinstance(error, OSError) else OSError(str(error))) from error
-    try:
+        raise host_error(f"lock {state_dir}", error) from error
+    with held:
         with suppress(OSError):  # it only tells others since when
-            write_atomically(holder, json.dumps({"pid": os.getpid(), "since": time.time()}).encode(), durable=False)
+            holder = json.dumps({"pid": os.getpid(), "since": time.time()}).encode()
+            write_atomically(os.path.join(state_dir, "running.json"), holder, durable=False)
         yield
-    finally:
-        lock.release()
 
 
 def running_since(state_dir: str) -> float | None:

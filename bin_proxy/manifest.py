@@ -87,14 +87,10 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
     entries: list[dict[str, Any]] = []
     seen: dict[str, str] = {}  # names, and files by the name that has them
     for at, entry in enumerate(data["binaries"]):
-        where = f"manifest {path}: binaries[{at}]"
-        if not isinstance(entry, dict):
-            faults.append(f"{where} is not an object")
-            continue
-        if isinstance(entry.get("name"), str):
-            where += f" ({entry['name'][:130]!r})"
         fields, wrong = _fields(entry, settings)
+        where = f"manifest {path}: binaries[{at}]"
         if name := fields["name"]:
+            where += f" ({name!r})"
             file = os.path.realpath(fields["path"]) if fields["path"] else name
             wrong += ["its name stands twice"] if name in seen else []
             wrong += [f"it shares the file {file} with {seen[file]}"] if seen.get(file, name) != name else []
@@ -118,8 +114,10 @@ def _parse(text: str) -> dict[str, Any]:
     return data
 
 
-def _fields(entry: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], list[str]]:
+def _fields(entry: Any, settings: Settings) -> tuple[dict[str, Any], list[str]]:
     """The fields of a `Binary`, None where the entry breaks a rule, and each rule that it breaks."""
+    if not isinstance(entry, dict):
+        return {"name": None}, ["it is not an object"]
     fields: dict[str, Any] = {
         "version": "latest",
         "path": os.path.join(settings.bin_dir, str(entry.get("name"))),
