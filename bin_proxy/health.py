@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import http.client
-import socket
 import threading
+from contextlib import closing
 from urllib.parse import urlsplit
 
 from bin_proxy.errors import BinProxyError
@@ -13,11 +13,7 @@ from bin_proxy.process import run
 
 
 def probe(check: HealthCheck, timeout: float) -> str | None:
-    """Check once.
-
-    Args:
-        check: what to look at.
-        timeout: seconds for the whole of it, however it drips.
+    """Check once, within `timeout` seconds for the whole of it, however it drips.
 
     Returns:
         what is wrong, or None where all is well.
@@ -34,9 +30,9 @@ def probe(check: HealthCheck, timeout: float) -> str | None:
 
     def ask() -> None:
         try:
-            found.append(_connect(check, timeout))
+            found.append(_connect(check.kind, str(check.target), timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            found.append(f"{check.target}: {getattr(error, 'strerror', None) or error or type(error).__name__}")
+            found.append(f"{check.target}: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}")
 
     # A socket's timeout counts from byte to byte, so an answer that drips needs somebody to walk away from it.
     thread = threading.Thread(target=ask, daemon=True)
@@ -45,18 +41,13 @@ def probe(check: HealthCheck, timeout: float) -> str | None:
     return found[-1] or None
 
 
-def _connect(check: HealthCheck, timeout: float) -> str:
-    target = str(check.target)
-    if check.kind == "tcp":
-        parts = urlsplit(f"//{target}")
-        socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout).close()
-        return ""
-    parts = urlsplit(target)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(str(parts.hostname), parts.port, timeout=timeout)
-    try:
+def _connect(kind: str, target: str, timeout: float) -> str:
+    parts = urlsplit(target if kind == "http" else f"//{target}")
+    connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    with closing(connect(str(parts.hostname), parts.port, timeout=timeout)) as connection:
+        if kind == "tcp":
+            connection.connect()
+            return ""
         connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
         status = connection.getresponse().status
-    finally:
-        connection.close()
     return "" if 200 <= status < 400 else f"{target} answered HTTP {status}"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from bin_proxy.errors import host_error
 
@@ -46,7 +46,8 @@ def _environment() -> dict[str, str]:
 def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     import subprocess  # not needed in a minute in which nothing changed
 
-    for patience in range(100):
+    patience = time.monotonic() + 2
+    while True:
         try:
             # A folder that holds no supervisord.conf, which supervisorctl would read; a session of its own, so that
             # Ctrl-C at the terminal does not kill a restart half-way and a timeout reaches its children.
@@ -61,72 +62,50 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
             )
         except OSError as error:
             # Another thread's child may hold the file open for writing between its fork and its exec.
-            if error.errno != errno.ETXTBSY or patience == 99:
+            if error.errno != errno.ETXTBSY or time.monotonic() > patience:
                 raise host_error(f"run {arguments[0]}", error) from error
             time.sleep(0.02)
-    raise AssertionError("the loop returns or raises")
 
 
 def run(arguments: Sequence[str], timeout: float) -> Finished:
     """Run a program to its end.
 
     Args:
-        arguments: the program and its arguments.
-        timeout: seconds after which it, and all it started in its session, is killed.
+        arguments, timeout: the program and its arguments; seconds after which all of its session is killed.
 
     Raises:
         HostError: it cannot be started.
     """
-    deadline = time.monotonic() + timeout
-    child = _start(arguments)
-    _running.add(child.pid)
-    output: dict[IO[bytes] | None, bytearray] = {child.stdout: bytearray(), child.stderr: bytearray()}
-    try:
-        with selectors.DefaultSelector() as selector:
-            for pipe in (child.stdout, child.stderr):
+    deadline, ended = time.monotonic() + timeout, False
+    output = bytearray(), bytearray()
+    with _start(arguments) as child, selectors.DefaultSelector() as selector:
+        try:
+            _running.add(child.pid)
+            for pipe, kept in zip((child.stdout, child.stderr), output, strict=True):
                 assert pipe is not None
-                os.set_blocking(pipe.fileno(), False)
-                selector.register(pipe, selectors.EVENT_READ, output[pipe])
-            while not (ended := _has_ended(child.pid)) and time.monotonic() < deadline:
-                if selector.get_map():
-                    _drain(selector, min(0.2, deadline - time.monotonic()))
-                else:
-                    time.sleep(0.02)
-            _drain(selector, 0)
-    finally:
-        # Before it is reaped: afterwards its number could be somebody else's.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        code = child.wait()
-        _running.discard(child.pid)
-        for pipe in output:
-            if pipe is not None:
-                pipe.close()
-    stdout, stderr = (bytes(kept).decode(errors="replace") for kept in output.values())
-    return Finished(code if ended else None, stdout, stderr)
+                selector.register(pipe, selectors.EVENT_READ, kept)
+            while not ended and time.monotonic() < deadline:
+                # Asked before reading, so that one more read gets its last words: a pipe holds less than that. Its end
+                # is not waited for, as a grandchild may keep the pipe open.
+                ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+                for key, _ in selector.select(0.02):
+                    if chunk := os.read(key.fd, _KEPT):
+                        key.data.extend(chunk[: _KEPT - len(key.data)])
+                    else:
+                        selector.unregister(key.fileobj)
+        finally:
+            _kill(child.pid)  # before it is reaped: afterwards its number could be somebody else's
+            _running.discard(child.pid)
+    stdout, stderr = (kept.decode(errors="replace") for kept in output)
+    return Finished(child.returncode if ended else None, stdout, stderr)
 
 
-def _has_ended(pid: int) -> bool:
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _drain(selector: selectors.BaseSelector, wait: float) -> None:
-    """Read what the pipes hold, up to a bound a call; what goes beyond `_KEPT` is dropped."""
-    for _ in range(64):
-        ready = selector.select(max(0.0, wait))
-        wait = 0
-        for key, _ in ready:
-            chunk = os.read(key.fd, 65536)
-            if chunk:
-                key.data.extend(chunk[: _KEPT - len(key.data)])
-            else:
-                selector.unregister(key.fileobj)
-        if not ready:
-            return
+def _kill(session: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(session, signal.SIGKILL)
 
 
 def kill_all() -> None:
     """End whatever `run` is still waiting for in other threads."""
     for pid in list(_running):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
+        _kill(pid)
