@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from bin_proxy.errors import HostError, ReleaseError, Stuck
 from bin_proxy.manifest import Binary
 from bin_proxy.process import Finished, run
 
-_STATUS = re.compile(r"(\S+)\s+(STOPPED|STARTING|RUNNING|BACKOFF|STOPPING|EXITED|FATAL|UNKNOWN)\b *(.*)")
-_SAID = re.compile(r"(\S+): (stopped|started|ERROR \((.*)\))")
-_STATUS_TIMEOUT = 30.0
+_STATUS = re.compile(r"(\S+) +(STOPPED|STARTING|RUNNING|BACKOFF|STOPPING|EXITED|FATAL|UNKNOWN)\b *(pid (\d{1,9})|)(.*)")
+_SAID = re.compile(r"^(\S+): (stopped|started|ERROR \(.*\))\s*$", re.MULTILINE)
 _ELSEWHERE = "abnormal termination"
-_DEAD = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
+_DEAD = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN", "STOPPED")
 TRYING = ("STARTING", "RUNNING", "BACKOFF")
 
 
@@ -37,10 +36,8 @@ def parse_status(output: str) -> dict[str, Process]:
     """
     found = {}
     for line in output.splitlines():
-        match = _STATUS.fullmatch(line.strip())
-        if match:
-            pid = re.match(r"pid (\d{1,9})", match[3])
-            found[match[1]] = Process(match[1], match[2], int(pid[1]) if pid else None, match[3])
+        if match := _STATUS.fullmatch(line.strip()):
+            found[match[1]] = Process(match[1], match[2], int(match[4] or 0) or None, match[3] + match[5])
         elif line.strip():
             raise HostError(f"supervisord cannot be asked: {line.strip()[:200]}")
     return found
@@ -51,28 +48,25 @@ def choose(processes: Mapping[str, Process], services: tuple[str, ...] | None, b
 
     Args:
         processes: all that supervisord knows.
-        services: the manifest's `service`; None to find them by the binary's name.
-        binary: the binary's name.
+        services, binary: the manifest's `service`, None to find them by the binary's name; and that name.
 
     Raises:
         HostError: supervisord does not know a service that is named.
     """
+    # A group's program of the group's own name is listed bare; a program with numprocs > 1 is a group, too.
+    full = {name if ":" in name else f"{name}:{name}": name for name in processes}
     found: dict[str, Process] = {}
     for service in (binary,) if services is None else services:
         group, _, name = service.partition(":")
-        matching = [p for p in processes.values() if p.name == service]
+        matching = [full[key] for key in full if key == f"{group}:{name or group}"]
         if not matching and name in ("", "*"):
-            # A program with numprocs > 1 is a group, too; a group of one program of its own name is listed bare.
-            matching = [p for p in processes.values() if p.name.startswith(f"{group}:") or (name and p.name == group)]
-        if not matching and name == group:
-            matching = [p for p in processes.values() if p.name == group]
+            matching = [full[key] for key in full if key.startswith(f"{group}:")]
         if not matching and services is None:
-            matching = [p for p in processes.values() if p.name.endswith(f":{binary}")]
+            matching = [full[key] for key in full if key.endswith(f":{binary}")]
         if not matching and services is not None:
-            raise HostError(
-                f'supervisord knows no {service!r}: correct "service" in the manifest, or supervisorctl update'
-            )
-        found.update({process.name: process for process in matching})
+            way_out = 'correct "service" in the manifest, or supervisorctl update'
+            raise HostError(f"supervisord knows no {service!r}: {way_out}")
+        found |= {name: processes[name] for name in matching}
     return list(found.values())
 
 
@@ -95,15 +89,14 @@ class Supervisor:
         """The processes of a binary; none where it has no service.
 
         Args:
-            binary: the manifest's entry.
-            fresh: ask supervisord now; otherwise what it said first in this run will do.
+            binary, fresh: the entry; whether to ask supervisord now, or what it said first in this run will do.
 
         Raises:
             HostError: supervisord cannot be asked, or does not know a service that is named.
         """
-        if not self.command and binary.services:
-            services = ", ".join(binary.services)
-            raise HostError(f"there is no supervisorctl to restart {services}: install it, or set SUPERVISORCTL")
+        if binary.services and not self.command:
+            named = ", ".join(binary.services)
+            raise HostError(f"there is no supervisorctl to restart {named}: install it, or set SUPERVISORCTL")
         if not self.command or binary.services == ():
             return []
         if fresh or self._listing is None:
@@ -124,15 +117,12 @@ class Supervisor:
         """
         if not self.command:
             raise HostError("there is no supervisorctl on this host any more")
-        limit = min(_STATUS_TIMEOUT, self._restart_timeout)
-        done = self._run(["status"], limit)
-        if done.code is None:
-            raise HostError(f"supervisorctl status did not end within {limit:g} s")
+        done = self._run(["status"], min(30.0, self._restart_timeout))
         if not done.stdout.strip() and done.code != 0:
             raise HostError(f"supervisorctl status exited {done.code}: {done.last_words}")
         return parse_status(done.stdout)
 
-    def restart(self, names: Iterable[str]) -> dict[str, str]:
+    def restart(self, names: Collection[str]) -> dict[str, str]:
         """Restart processes, after waiting for those that are being stopped.
 
         Returns:
@@ -142,33 +132,25 @@ class Supervisor:
             Stuck: not within RESTART_TIMEOUT.
             HostError: supervisorctl or supervisord did not do its part.
         """
-        names = list(names)
         deadline = time.monotonic() + self._restart_timeout
         while stopping := [name for name, process in self._of(names).items() if process.state == "STOPPING"]:
             if time.monotonic() > deadline:
                 raise Stuck(f"{stopping[0]} does not stop within {self._restart_timeout:g} s")
             time.sleep(0.3)
-        done = self._run(["restart", *names], self._restart_timeout)
-        if done.code is None:
-            raise Stuck(f"supervisorctl restart {' '.join(names)} did not end within {self._restart_timeout:g} s")
-        last = {}
-        for line in done.stdout.splitlines():
-            match = _SAID.fullmatch(line.strip())
-            if match and match[1] in names:
-                last[match[1]] = match[3] or match[2]
+        done = self._run(["restart", *names], self._restart_timeout, Stuck)
+        last = dict(_SAID.findall(done.stdout))
         for name in names:
-            if last.get(name, "stopped") in ("stopped", "not running", "no such process"):
+            if last.get(name, "stopped") in ("stopped", "ERROR (not running)", "ERROR (no such process)"):
                 raise HostError(f"supervisorctl restart {name} exited {done.code}: {done.last_words}")
-        return {name: word for name, word in last.items() if word != "started"}
+        return {name: last[name][len("ERROR (") : -1] for name in names if last[name] != "started"}
 
-    def stop(self, names: Iterable[str]) -> None:
+    def stop(self, names: Collection[str]) -> None:
         """Stop processes that still try to start.
 
         Raises:
             HostError: supervisorctl cannot be run or does not end.
         """
-        if self._run(["stop", *names], self._restart_timeout).code is None:
-            raise HostError(f"supervisorctl stop did not end within {self._restart_timeout:g} s")
+        self._run(["stop", *names], self._restart_timeout)
 
     def watch(
         self,
@@ -195,55 +177,53 @@ class Supervisor:
             Stuck: one is neither up nor dead, or was not restarted.
             HostError: supervisord cannot be asked.
         """
-        give_up = time.monotonic() + max(self._restart_timeout, window)
-        pids: dict[str, int] = {}
-        since = first = time.monotonic()
-        changes, passed = 0, False
+        start = time.monotonic()
+        seen: list[tuple[float, dict[str, int]]] = []  # when all were first seen RUNNING under which pids
+        passed = probe is None
         while True:
             found = self._of(before)
             for process in found.values():
-                if process.state in _DEAD:
+                # Stopped by somebody else, who may be about to start it.
+                elsewhere = process.state == "STOPPED" and said.get(process.name, _ELSEWHERE) == _ELSEWHERE
+                if process.state in _DEAD and not elsewhere:
                     raise ReleaseError(f"{process.name} is {process.state} ({said.get(process.name) or process.words})")
-                # "abnormal termination" and STOPPED: somebody else stopped it, and may be about to start it.
-                if process.state == "STOPPED" and said.get(process.name, _ELSEWHERE) != _ELSEWHERE:
-                    raise ReleaseError(f"{process.name} did not start: {said[process.name]}")
+                if process.state == "RUNNING" and process.pid and process.pid == before[process.name]:
+                    raise Stuck(f"supervisorctl restart left {process.name} running as it was")
             now = time.monotonic()
             if all(process.state == "RUNNING" for process in found.values()):
-                running = {name: process.pid or 0 for name, process in found.items()}
-                if stale := [name for name, pid in running.items() if pid and pid == before[name]]:
-                    raise Stuck(f"supervisorctl restart left {stale[0]} running as it was")
-                if running != pids:
-                    # One change may be somebody else's restart; a second is a service that does not stay up.
-                    changes += bool(pids)
-                    first = first if pids else now
-                    if changes > 1:
-                        raise ReleaseError(f"{', '.join(before)} does not stay up: it died and was started again")
-                    pids, since = running, now
-                over = now - since >= window
+                pids = {name: process.pid or 0 for name, process in found.items()}
+                if not seen or pids != seen[-1][1]:
+                    seen.append((now, pids))
+                # One change may be somebody else's restart; a second is a service that does not stay up.
+                if len(seen) > 2:
+                    raise ReleaseError(f"{', '.join(before)} does not stay up: it died and was started again")
+                over = now - seen[-1][0] >= window
                 if probe and (over or not passed):
-                    wrong = probe(max(0.1, min(10.0, first + probe_within - now)))
-                    if wrong and (passed or time.monotonic() - first >= probe_within):
+                    probe_until = seen[0][0] + probe_within
+                    wrong = probe(max(0.1, min(10.0, probe_until - now)))
+                    if wrong and (passed or time.monotonic() >= probe_until):
                         raise ReleaseError(f"its health check fails: {wrong}")
                     passed = wrong is None
-                if over and (passed or not probe):
+                if over and passed:
                     return pids
-            elif now > give_up:
+            elif now - start > max(self._restart_timeout, window):
                 states = ", ".join(f"{process.name} is {process.state}" for process in found.values())
-                raise Stuck(f"after {now - first:.0f} s {states}")
+                raise Stuck(f"after {now - start:.0f} s {states}")
             time.sleep(min(1.0, max(0.1, window / 6)))
 
-    def _of(self, names: Iterable[str]) -> dict[str, Process]:
-        names = list(names)
+    def _of(self, names: Collection[str]) -> dict[str, Process]:
         processes = self.processes() if names else {}
-        for name in names:
-            if name not in processes:
-                raise HostError(f"supervisord no longer knows {name}")
+        if gone := [name for name in names if name not in processes]:
+            raise HostError(f"supervisord no longer knows {gone[0]}")
         return {name: processes[name] for name in names}
 
-    def _run(self, arguments: list[str], timeout: float) -> Finished:
+    def _run(self, arguments: list[str], timeout: float, late: type[HostError] = HostError) -> Finished:
         done = run([*self.command, *arguments], timeout)
         if done.code is not None and done.code < 0:
             # Killed in the middle, which leaves a program STOPPED: only another try can mend that.
             done = run([*self.command, *arguments], timeout)
-        self._tell(f"supervisorctl {' '.join(arguments)}: exit {done.code}")
+        words = f"supervisorctl {' '.join(arguments)}"
+        self._tell(f"{words}: exit {done.code}")
+        if done.code is None:
+            raise late(f"{words} did not end within {timeout:g} s")
         return done
