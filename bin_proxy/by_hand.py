@@ -69,8 +69,8 @@ def roll_back(
             except HostError:
                 discard(part)
                 raise
-    if updater.troubles or not result.well:
-        words = [result.error or f"it is back at {short(md5)}, but", *updater.troubles]
+    if report.notes or not result.well:
+        words = [result.error or f"it is back at {short(md5)}, but", *report.notes]
         raise HostError(f"{name}: {'; '.join(words)}")
     done = f"{name}: back at {short(md5)} in {result.seconds:.1f} s"
     left = short(result.from_md5)

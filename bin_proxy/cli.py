@@ -131,7 +131,7 @@ def sync(
             report.progress([])
         order = {binary.name: at for at, binary in enumerate(binaries)}
         results = sorted(run.results.values(), key=lambda result: order.get(result.name, len(order)))
-        code = exit_code(results, run.troubles) if dry_run else run.finish(results)
+        code = exit_code(results, report.notes) if dry_run else run.finish(results)
     if as_json:
         keys = ("name", "outcome", "fromMd5", "toMd5", "seconds", "error")
         values = [(r.name, r.outcome, r.from_md5, r.to_md5, round(r.seconds, 3), r.error) for r in results]

@@ -8,13 +8,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bin_proxy.atomic import write_atomically
-from bin_proxy.errors import clean, host_error
+from bin_proxy.errors import HostError, clean, host_errors
 from bin_proxy.plan import Result
 from bin_proxy.state import Cache
 
@@ -50,6 +50,15 @@ class Report:
         self._bar: Any = None
         self._seen: dict[str, Part] = {}
         self._log_trouble = ""
+        self.notes: list[str] = []
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """A HostError within it belongs to no binary and stops nothing: it is one of the `notes`."""
+        try:
+            yield
+        except HostError as error:
+            self.notes.append(str(error))
 
     def log(self, line: str) -> None:
         """Append a line to LOG_FILE; where that fails, `troubles` tells it and the work goes on."""
@@ -89,18 +98,17 @@ class Report:
         if self._bar:
             click.echo("\r\x1b[K\x1b[?25h", nl=False)  # erases the line, and shows the cursor that the bar hides
 
-    def troubles(self, results: list[Result], others: list[str], cache: Cache, now: float) -> None:
-        """Tell each trouble once, log it hourly, and log its end; one cause that strikes many is one line.
+    def troubles(self, results: list[Result], cache: Cache, now: float) -> None:
+        """Tell each trouble, and note, once, log it hourly, and log its end; one cause that strikes many is one line.
 
         Args:
             results: of the binaries this run looked at.
-            others: troubles that belong to no binary.
             cache: holds what was told before; updated.
             now: Unix time.
         """
         bad = {f"{result.name} {result.kind} {result.to_md5 or ''}": result for result in results if not result.well}
         current = {key: (result.name, result.error or "") for key, result in bad.items()}
-        current |= {f"* {text.split(':')[0]}": ("", text) for text in others}
+        current |= {f"* {text.split(':')[0]}": ("", text) for text in self.notes}
         self._log_ends(current.keys(), {"*", *(result.name for result in results)}, cache, now)
         known = dict(cache.troubles)
         due = {key for key in current if key not in known or abs(now - float(known[key][1])) >= _HOUR}
@@ -178,7 +186,5 @@ def write_metrics(path: str, cache: Cache, names: list[str], paused: set[str]) -
     for gauge, told, values in gauges:
         text += f"# HELP bin_proxy_{gauge} {told}\n# TYPE bin_proxy_{gauge} gauge\n"
         text += "".join(f"bin_proxy_{gauge}{label} {value:.17g}\n" for label, value in values.items())
-    try:
+    with host_errors(f"write METRICS_FILE {path}"):
         write_atomically(path, text.encode(), durable=False)
-    except OSError as error:
-        raise host_error(f"write METRICS_FILE {path}", error) from error

@@ -6,8 +6,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +69,6 @@ class Sync:
         self._tasks = [_Task(binary) for binary in binaries if not options.only or binary.name in options.only]
         self.state = State(settings.state_dir, tuple(self._binaries))
         self.results: dict[str, Result] = {}
-        self.troubles: list[str] = []
         self._recovered: dict[str, Result] = {}
         self._updater = Updater(settings, self.state, report)
         self._api = BinManager(settings, report.detail)
@@ -81,7 +79,7 @@ class Sync:
         return Unreachable(f"bin-manager did not come to an end within {limit:g} s")
 
     def run(self) -> None:
-        """Bring every selected binary to its outcome, into `results`; what belongs to none, into `troubles`.
+        """Bring every selected binary to its outcome, into `results`; what belongs to none, into the report's notes.
 
         Raises:
             HostError: STATE_DIR is not to be had; nothing was touched.
@@ -89,8 +87,8 @@ class Sync:
         """
         if not self._options.dry_run:
             self.state.prepare()
-            self.troubles += self.state.set_aside()
-            with self._noted():
+            self._report.notes += self.state.set_aside()
+            with self._report.noting():
                 discard(temporary_of(os.path.realpath(self._settings.manifest)))
             self._recover()
         for task in self._tasks:
@@ -104,14 +102,6 @@ class Sync:
                 self._take(self._activate, ready.pop(0), None)
         if not self._options.dry_run:
             self._conclude()
-
-    @contextmanager
-    def _noted(self) -> Iterator[None]:
-        """Trouble within belongs to no binary and stops nothing."""
-        try:
-            yield
-        except HostError as error:
-            self.troubles.append(str(error))
 
     def _take(self, step: Callable[[_Task, Any], None], task: _Task, outcome: Any) -> None:
         """Go on with what a job brought; its failure, or that of the step, is that of the binary."""
@@ -139,7 +129,7 @@ class Sync:
                     self._drop_parts(memory, keep=None)
 
     def _drop_parts(self, memory: Memory, keep: str | None) -> None:
-        with self._noted():
+        with self._report.noting():
             for part in [part for part in memory.parts if part != keep]:
                 discard(part)
                 memory.parts.remove(part)
@@ -273,13 +263,12 @@ class Sync:
             on_disk = self.results[name].from_md5 or ""
             if self.results[name].outcome in ("current", "held", "waiting") and reported not in (None, on_disk):
                 stale[name] = on_disk
-        with self._noted():
+        with self._report.noting():
             try:
                 if stale:
                     record_md5s(self._settings.manifest, stale)
             finally:
                 self.state.save()
-        self.troubles += dict.fromkeys(self._updater.troubles)
         cache, paths = self.state.cache, {binary.path for binary in self._binaries.values()}
         for kept, wanted in ((cache.answers, self._binaries), (cache.outcomes, self._binaries), (cache.digests, paths)):
             for key in kept.keys() - wanted:
@@ -295,17 +284,17 @@ class Sync:
             the exit code.
         """
         now, cache = time.time(), self.state.cache
-        cache.last_sync = [now, float(exit_code(results, self.troubles))]
-        with self._noted():
+        cache.last_sync = [now, float(exit_code(results, self._report.notes))]
+        with self._report.noting():
             if self._settings.metrics_file:
                 pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}
                 write_metrics(self._settings.metrics_file, cache, list(self._binaries), pauses)
-        self._report.troubles(results, self.troubles, cache, now)
-        with self._noted():
+        self._report.troubles(results, cache, now)
+        with self._report.noting():
             self.state.save_cache(durable=any(result.seconds for result in results))
-            return exit_code(results, self.troubles)
-        self._report.log(self.troubles[-1])  # every minute, as nothing can be remembered of it
-        echo(f"bin-proxy: {self.troubles[-1]}", err=True)
+            return exit_code(results, self._report.notes)
+        self._report.log(self._report.notes[-1])  # every minute, as nothing can be remembered of it
+        echo(f"bin-proxy: {self._report.notes[-1]}", err=True)
         return 1
 
 
@@ -322,6 +311,6 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def exit_code(results: list[Result], troubles: list[str]) -> int:
+def exit_code(results: list[Result], notes: list[str]) -> int:
     """0 where every binary is where it should be, or where an operator put it; else 1."""
-    return 0 if not troubles and all(result.well for result in results) else 1
+    return 0 if not notes and all(result.well for result in results) else 1

@@ -34,10 +34,9 @@ class Updater:
 
     def __init__(self, settings: Settings, state: State, report: Report) -> None:
         self._settings, self._state = settings, state
-        self._tell, self._log = report.tell, report.log
+        self._tell, self._log, self._noting = report.tell, report.log, report.noting
         self._supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, report.detail)
         self._backups = Backups(settings.state_dir)
-        self.troubles: list[str] = []  # with the manifest, which undo nothing
 
     def preflight(self, binary: Binary, slot: Slot) -> None:
         """All that can be known of the host before a download.
@@ -145,10 +144,8 @@ class Updater:
 
     def _close(self, record: Record, installed: str | None, result: Result) -> Result:
         """Make what was decided durable, and only then forget the record; trouble here undoes nothing."""
-        try:
+        with self._noting():
             record_md5s(self._settings.manifest, {record.name: installed or ""})
-        except HostError as error:
-            self.troubles.append(str(error))
         try:
             self._prune(record, installed)
             self._state.save()
