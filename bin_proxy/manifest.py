@@ -21,7 +21,7 @@ _NO_ARGUMENT = re.compile(r"[\0\ud800-\udfff]")  # what execve(2) cannot be give
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 # In JSON, every string; with its value where it is the key of a string or null.
 _MEMBER = re.compile(rf"({_STRING})(?:\s*:\s*({_STRING}|null))?")
-_LARGEST = 16 * 1024 * 1024  # characters: no device is read for ever
+_LARGEST = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
 
 def _read(path: str) -> str:
     with open(path, encoding="utf-8", newline="") as file:
-        return file.read(_LARGEST)
+        text = file.read(_LARGEST + 1)
+    if len(text) > _LARGEST:
+        raise ValueError(f"it is larger than {_LARGEST} characters")
+    return text
 
 
 def _parse(text: str) -> dict[str, Any]:
