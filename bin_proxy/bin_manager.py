@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 import ssl
-import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -35,6 +33,8 @@ _LARGEST_ANSWER = 256 * 1024
 _CHUNK = 512 * 1024
 _REDIRECTS = 5
 _SUCCESS = (0, 200)
+# What a release tells of itself; all but the MD5 may be absent or null.
+_FIELDS = {"md5": (str, "[0-9a-f]{32}"), "sha256": (str, "[0-9a-f]{64}"), "size": (int, "[0-9]{1,18}")}
 # Where Debian, RHEL, SUSE and Alpine keep the store that curl uses.
 _HOST_STORES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -53,29 +53,26 @@ class Release:
     size: int | None = None
 
 
-class _Retry(Exception):
-    """This try failed in a way that another may mend.
+@dataclass(eq=False)
+class _Failed(Exception):
+    """A try failed.
 
     Args:
-        error: what to raise when no try is left.
+        error: what to raise if it was the last.
         after: the pause in seconds that the server asks for.
+        again: another try may mend it.
         common: it strikes every binary alike, so that the others need not find out by themselves.
     """
 
-    def __init__(self, error: BinManagerError, *, after: float = 0.0, common: bool = False) -> None:
-        super().__init__(error)
-        self.error, self.after, self.common = error, after, common
+    error: BinManagerError
+    after: float = 0.0
+    again: bool = True
+    common: bool = False
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """None: redirects are followed below, as requests would read the whole body of each, however long."""
-        return None
 
 
 def _certificates(settings: Settings) -> str | bool:
@@ -85,33 +82,20 @@ def _certificates(settings: Settings) -> str | bool:
         UsageError: a file of certificates cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    variables = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
-    chosen = [("BIN_MANAGER_CA_BUNDLE", settings.ca_bundle), *((name, os.environ.get(name)) for name in variables)]
-    name, store = next((one for one in chosen if one[1]), ("", None))
+    known = {**os.environ, "BIN_MANAGER_CA_BUNDLE": settings.ca_bundle}
+    names = ("BIN_MANAGER_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    name, store = next(((name, known[name]) for name in names if known.get(name)), ("", ""))
     try:
         what = f"{name} {store}"
         if store:
-            folder = os.path.isdir(store)
-            context.load_verify_locations(cafile=None if folder else store, capath=store if folder else None)
+            context.load_verify_locations(**{"capath" if os.path.isdir(store) else "cafile": store})
         what = f"BIN_MANAGER_CLIENT_CERT {settings.client_cert}"
         if settings.client_cert:  # without the password, OpenSSL would ask whoever stands at the terminal
             context.load_cert_chain(settings.client_cert, settings.client_key or None, password=lambda: "")
     except (OSError, ValueError) as error:
         raise UsageError(f"{what} cannot be used: {_cause(error)}") from None
-    if store:
-        return store
     stores = (ssl.get_default_verify_paths().cafile, *_HOST_STORES)
-    return next((store for store in stores if store and os.path.isfile(store)), True)
-
-
-def _authorization(settings: Settings) -> str | None:
-    if settings.token:
-        return f"Bearer {settings.token}"
-    parts = urlsplit(settings.api)
-    if parts.username is None:
-        return None
-    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return f"Basic {b64encode(pair.encode()).decode()}"
+    return store or next((found for found in stores if found and os.path.isfile(found)), True)
 
 
 class BinManager:
@@ -123,29 +107,20 @@ class BinManager:
     """
 
     def __init__(self, settings: Settings, tell: Callable[[str], None] = lambda line: None) -> None:
-        self._settings = settings
-        self._tell = tell
+        self._settings, self._tell = settings, tell
         parts = urlsplit(settings.api)
-        self._api = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         self._where = parts.netloc.rpartition("@")[2]
-        self._session = _Session()
-        self._session.trust_env = (
-            False  # no .netrc; proxies and CA come from the lines below, once instead of a request
-        )
-        self._proxies = get_environ_proxies(self._api)
-        self._session.verify = _certificates(settings)
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._session.headers = {"User-Agent": f"bin-proxy/{__version__}", "Accept-Encoding": "identity"}
-        self._authorization = _authorization(settings)
-        if settings.client_cert:
-            pair = (settings.client_cert, settings.client_key)
-            self._session.cert = pair if settings.client_key else settings.client_cert
-        adapter = HTTPAdapter(pool_connections=4, pool_maxsize=settings.jobs)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
-        self._lock = threading.Lock()
+        self._api = parts._replace(netloc=self._where).geturl()
+        pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+        basic = f"Basic {b64encode(pair.encode()).decode()}" if parts.username is not None else ""
+        self._authorization = f"Bearer {settings.token}" if settings.token else basic
+        self._verify = _certificates(settings)
+        with_key = (settings.client_cert, settings.client_key)
+        self._cert = with_key if settings.client_key else settings.client_cert or None
+        # No session: it would take credentials from .netrc, keep cookies, and read the whole body of each redirect.
+        self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=settings.jobs)
         self._answered = False
-        self._silences = 0
+        self._silences = count(1)
         self._down: BinManagerError | None = None
 
     def latest(self, binary: Binary) -> Release:
@@ -159,8 +134,7 @@ class BinManager:
 
         def ask() -> Release:
             with self._get(f"releases/{binary.version}/{binary.name}/md5", {}) as response:
-                body = self._read(response, deadline)
-                return _parse_release(response.status_code, body)
+                return _parse_release(response.status_code, self._read(response, deadline))
 
         return self._retrying(ask, deadline)
 
@@ -180,22 +154,23 @@ class BinManager:
             # For a cache in between: the path is the same for every release of that version.
             headers = {"X-Release-MD5": release.md5, **({"Range": f"bytes={start}-"} if start else {})}
             with self._get(f"releases/{binary.version}/{binary.name}/download", headers) as response:
-                if response.status_code == 416 or (response.status_code == 206 and not _continues(response, start)):
+                status, told = response.status_code, response.headers.get("Content-Range", "")
+                if status == 416 or (status == 206 and not told.startswith(f"bytes {start}-")):
                     part.restart()  # so that the next try asks for the whole
-                    raise _Retry(BinManagerError("bin-manager does not send the rest of a download that was asked for"))
-                if response.status_code not in (200, 206):
-                    raise _failure(response.status_code, self._read(response, deadline))
-                total = _expected(response, start, release)
-                if response.status_code == 200 and start:
+                    text = "bin-manager does not send the rest of a download that was asked for"
+                    raise _Failed(BinManagerError(text))
+                if status not in (200, 206):
+                    raise _failure(status, self._read(response, deadline))
+                total = _expected(response, release)
+                if status == 200 and start:
                     part.restart()
                 if total is not None:
                     part.expect(total)
                 for chunk in self._chunks(response, deadline):
                     part.write(chunk)
                 if total is not None and part.offset < total:
-                    raise _Retry(
-                        Unreachable(f"bin-manager at {self._where} closed the connection in the middle of a download")
-                    )
+                    text = f"bin-manager at {self._where} closed the connection in the middle of a download"
+                    raise _Failed(Unreachable(text))
 
         self._retrying(fetch, deadline, lambda: part.offset)
 
@@ -207,102 +182,75 @@ class BinManager:
         while True:
             try:
                 return action()
-            except _Retry as retry:
-                failures = 1 if progress() > seen else failures + 1
-                seen = progress()
-                pause = max(retry.after, 0.15 * 2**failures)
-                too_long = pause > self._settings.http_timeout or time.monotonic() + pause > deadline
-                if failures == _TRIES or too_long:
-                    if retry.common:
-                        self._down = retry.error
-                    raise self._redacted(retry.error) from None
-                self._tell(f"{self._redacted(retry.error)}; trying again in {pause:.1f} s")
-                time.sleep(pause)
+            except _Failed as error:
+                failed = error
             except BinManagerError as error:
-                raise self._redacted(error) from None
+                failed = _Failed(error, again=False)
+            except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+                failed = self._translated(error)
+            secret = self._authorization.partition(" ")[2]  # which a server may have echoed
+            told = type(failed.error)(str(failed.error).replace(secret, "***")) if secret else failed.error
+            failures = 1 if progress() > seen else failures + 1
+            seen = progress()
+            pause = max(failed.after, 0.15 * 2**failures)
+            too_long = pause > self._settings.http_timeout or time.monotonic() + pause > deadline
+            if failures == _TRIES or too_long or not failed.again:
+                self._down = told if failed.common else self._down
+                raise told
+            self._tell(f"{told}; trying again in {pause:.1f} s")
+            time.sleep(pause)
 
-    @contextmanager
-    def _get(self, path: str, headers: dict[str, str]) -> Iterator[requests.Response]:
-        """Send a GET and translate whatever goes wrong, from the first byte of the request to the last of the body."""
-        timeout = self._settings.http_timeout
-        response = None
-        try:
-            response = self._follow(f"{self._api}/{path}", headers)
-            self._tell(f"GET {path}: HTTP {response.status_code}")
-            if response.status_code == 429 or response.status_code >= 500:
-                error = _failure(response.status_code, self._read(response, time.monotonic() + timeout))
-                raise _Retry(error, after=_retry_after(response))
-            yield response
-        except requests.exceptions.SSLError as error:
-            where, own = self._at(error)
-            told = Unreachable(f"TLS with {where} failed: {_cause(error)}")
-            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
-                raise _Retry(told, common=own) from None
-            self._down = told if own else self._down
-            raise told from None
-        except (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError):
-            raise self._silent(f"bin-manager at {self._where} said nothing for {timeout:g} s") from None
-        except requests.exceptions.ConnectionError as error:
-            dropped = isinstance(error.args[0] if error.args else None, urllib3.exceptions.ProtocolError)
-            what = "dropped the connection" if dropped else "cannot be reached"
-            where, own = self._at(error)
-            raise _Retry(Unreachable(f"{where} {what}: {_cause(error)}"), common=own and not dropped) from None
-        except ValueError as error:  # what requests and urllib.parse make of a hostile Location, among others
-            raise BinManagerError(f"bin-manager's answer cannot be followed: {_cause(error)}") from None
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            told = Unreachable(f"bin-manager at {self._where} dropped the connection: {_cause(error)}")
-            raise _Retry(told) from None
-        finally:
-            if response is not None:
-                response.close()
+    def _translated(self, error: Exception) -> _Failed:
+        """What went wrong on the way, from the first byte of the request to the last of the body."""
+        request = getattr(error, "request", None)
+        url = str(request.url) if request is not None else self._api
+        own = _origin(url) == _origin(self._api)  # else it is not bin-manager's fault that this binary fails
+        where = f"bin-manager at {self._where}" if own else f"{urlsplit(url).netloc}, to which bin-manager redirects,"
+        again, common = True, own
+        if isinstance(error, requests.exceptions.SSLError):
+            text, again = f"TLS with {where} failed: {_cause(error)}", "CERTIFICATE_VERIFY_FAILED" not in str(error)
+        elif isinstance(error, (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)):
+            text, again = f"bin-manager at {self._where} said nothing for {self._settings.http_timeout:g} s", False
+            # A server that answers nobody would cost every binary a timeout: after a few it counts as down.
+            common = next(self._silences) >= self._settings.jobs and not self._answered
+        elif isinstance(error, ValueError):  # a hostile Location, among others
+            return _Failed(BinManagerError(f"bin-manager's answer cannot be followed: {_cause(error)}"), again=False)
+        else:
+            refused = isinstance(error, requests.exceptions.ConnectionError)
+            refused = refused and not isinstance(next(iter(error.args), None), urllib3.exceptions.ProtocolError)
+            what, common = "cannot be reached" if refused else "dropped the connection", own and refused
+            text = f"{where} {what}: {_cause(error)}"
+        return _Failed(Unreachable(text), again=again, common=common)
 
-    def _at(self, error: requests.RequestException) -> tuple[str, bool]:
-        """Where a request failed, and whether that is bin-manager itself rather than where it redirects to."""
-        url = str(error.request.url) if error.request is not None else self._api
-        if _origin(url) == _origin(self._api):
-            return f"bin-manager at {self._where}", True
-        return f"{urlsplit(url).netloc}, to which bin-manager redirects,", False
-
-    def _redacted(self, error: BinManagerError) -> BinManagerError:
-        """The same error, should a server have echoed our credentials into its words."""
-        text = str(error)
-        for secret in (self._settings.token, (self._authorization or "").partition(" ")[2]):
-            text = text.replace(secret, "***") if secret else text
-        return type(error)(text)
-
-    def _follow(self, url: str, headers: dict[str, str]) -> requests.Response:
-        """GET `url`, redirects followed; the credentials go to the API's own origin alone."""
+    def _get(self, path: str, headers: dict[str, str]) -> requests.Response:
+        """GET `path`, redirects followed; the credentials go to the API's own origin alone."""
+        url, timeout, safe = f"{self._api}/{path}", self._settings.http_timeout, {"http", "https"}
+        always = {"User-Agent": f"bin-proxy/{__version__}", "Accept-Encoding": "identity"}
         for _ in range(_REDIRECTS + 1):
-            proxies = self._proxies
-            own = _origin(url) == _origin(self._api)
-            if own and self._authorization:
-                headers = {**headers, "Authorization": self._authorization}
-            elif not own:
-                headers = {key: value for key, value in headers.items() if key != "Authorization"}
-                proxies = get_environ_proxies(url)
-            timeout = self._settings.http_timeout
-            response = self._session.get(url, headers=headers, stream=True, timeout=timeout, proxies=proxies)
+            # Judged as it will be sent: two parsers that read one address differently would send the token astray.
+            request = requests.Request("GET", url, {**always, **headers}).prepare()
+            url = str(request.url)
+            origin = _origin(url)
+            if origin[0] not in safe:
+                raise BinManagerError("bin-manager redirects to something that is neither http nor as safe as https")
+            safe &= {origin[0], "https"}
+            if self._authorization and origin == _origin(self._api):
+                request.headers["Authorization"] = self._authorization
+            how = (timeout, self._verify, self._cert, get_environ_proxies(url))
+            response = self._adapter.send(request, True, *how)
             self._answered = True
             if not response.is_redirect:
-                return response
+                break
             response.close()
-            # As requests will send it: two parsers that read one address differently would send the token astray.
-            target = str(requests.Request("GET", urljoin(url, response.headers["Location"])).prepare().url)
-            if urlsplit(target).scheme not in ("http", "https") or (
-                url.startswith("https:") and not target.startswith("https:")
-            ):
-                raise BinManagerError("bin-manager redirects to something that is neither http nor as safe as https")
-            url = target
-        raise BinManagerError(f"bin-manager redirects more than {_REDIRECTS} times")
-
-    def _silent(self, text: str) -> Unreachable:
-        """A server that answers nobody would cost every binary a timeout: after a few it counts as down."""
-        error = Unreachable(text)
-        with self._lock:
-            self._silences += 1
-            if not self._answered and self._silences >= self._settings.jobs:
-                self._down = error
-        return error
+            url = urljoin(url, response.headers["Location"])
+        else:
+            raise BinManagerError(f"bin-manager redirects more than {_REDIRECTS} times")
+        self._tell(f"GET {path}: HTTP {response.status_code}")
+        if response.status_code == 429 or response.status_code >= 500:
+            with response:
+                error = _failure(response.status_code, self._read(response, time.monotonic() + timeout))
+                raise _Failed(error, after=_retry_after(response))
+        return response
 
     def _chunks(self, response: requests.Response, deadline: float) -> Iterator[bytes]:
         # read1 hands out what has arrived, so that a slow link loses nothing when it drops (urllib3 before 2: read).
@@ -323,11 +271,9 @@ class BinManager:
 
 def _cause(error: BaseException) -> str:
     """The words of the innermost cause: urllib3 wraps the one that tells something in several that do not."""
-    while True:
-        inner = getattr(error, "reason", None) or error.__cause__ or next(iter(error.args), None)
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
+    inner = getattr(error, "reason", None) or error.__cause__ or next(iter(error.args), None)
+    if isinstance(inner, BaseException):
+        return _cause(inner)
     words = error.args[-1] if error.args and isinstance(error.args[-1], str) else str(error)
     words = re.sub(r"//[^/@\s]*@", "//***@", words)  # a proxy's password
     return re.sub(r"^<?[\w.]+\(.*?\):? |^\[[^]]*\] ", "", words)[:200] or type(error).__name__
@@ -335,22 +281,18 @@ def _cause(error: BaseException) -> str:
 
 def _retry_after(response: requests.Response) -> float:
     """Retry-After in seconds (RFC 9110, 10.2.3: seconds or a date); 0 without one."""
-    value = response.headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", value):
-        return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
+        return float(urllib3.Retry().parse_retry_after(response.headers.get("Retry-After", "")))
+    except (urllib3.exceptions.InvalidHeader, TypeError, ValueError, OverflowError):
         return 0.0
 
 
 def _failure(status: int, body: bytes) -> BinManagerError:
     """An answer that is no success, with the code and message that came."""
-    try:
+    told = ""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
         answer = parse_json(body.decode())
         told = f" (code {str(answer['code'])[:40]}: {str(answer.get('message', ''))[:200]})"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        told = ""
     return BinManagerError(f"bin-manager answered HTTP {status}{told}")
 
 
@@ -372,31 +314,22 @@ def _parse_release(status: int, body: bytes) -> Release:
     if not isinstance(data, dict):
         raise BinManagerError("bin-manager answered HTTP 200 without data")
     found: dict[str, str | None] = {}
-    for key, digits in (("md5", 32), ("sha256", 64)):
+    for key, (kind, pattern) in _FIELDS.items():
         value = data.get(key)
-        text = value.strip().lower() if isinstance(value, str) else ""
-        if not re.fullmatch(f"[0-9a-f]{{{digits}}}", text) and not (key == "sha256" and value is None):
+        match = re.fullmatch(pattern, str(value).strip().lower()) if type(value) is kind else None
+        if not match and (value is not None or key == "md5"):
             raise BinManagerError(f"bin-manager answered HTTP 200 with a {key} that is none: {str(value)[:80]!r}")
-        found[key] = text or None
-    size = data.get("size")
-    if size is not None and (type(size) is not int or not 0 <= size < 2**63):
-        raise BinManagerError(f"bin-manager answered HTTP 200 with a size that is none: {str(size)[:80]!r}")
-    return Release(str(found["md5"]), found["sha256"], size)
+        found[key] = match and match[0]
+    return Release(str(found["md5"]), found["sha256"], data.get("size"))
 
 
-def _continues(response: requests.Response, start: int) -> bool:
-    return response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-
-
-def _expected(response: requests.Response, start: int, release: Release) -> int | None:
-    """How many bytes the whole release has, by the headers; None where they do not tell."""
-    length = response.headers.get("Content-Length", "")
-    total = int(length) if re.fullmatch(r"[0-9]{1,15}", length) else None
+def _expected(response: requests.Response, release: Release) -> int | None:
+    """How many bytes the whole release has; None where neither the headers nor bin-manager's answer tell."""
     if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
         raise BinManagerError("bin-manager sent the download compressed, though asked not to")
-    if response.status_code == 206:
-        told = re.search(r"/([0-9]{1,15})$", response.headers["Content-Range"])
-        total = int(told[1]) if told else None if total is None else start + total
-    if total is not None and release.size not in (None, total):
+    told = response.headers.get("Content-Range" if response.status_code == 206 else "Content-Length", "")
+    match = re.fullmatch(r"(?:bytes [0-9-]*/)?([0-9]{1,15})", told)
+    total = int(match[1]) if match else release.size
+    if release.size not in (None, total):
         raise BinManagerError(f"bin-manager announced {release.size} bytes and sends {total}")
-    return total if total is not None else release.size
+    return total

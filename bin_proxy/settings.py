@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
 import shutil
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,28 +40,23 @@ def _readable(value: str) -> str:
 
 
 def _url(value: str) -> str:
-    try:
+    with suppress(ValueError):
         parts = urlsplit(_text(value))
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        sound = False
-    if not sound or set(value) & set(" \\?#"):  # without the value, which may hold a password
-        raise ValueError("must be an http:// or https:// URL with a host, without ? and #")
-    return value.rstrip("/")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(value) & set(" \\?#"):
+            return value.rstrip("/")
+    # Without the value, which may hold a password.
+    raise ValueError("must be an http:// or https:// URL with a host, without ? and #")
 
 
 def number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
     """A parser of numbers, or of whole numbers, from `least` to `most`; it raises ValueError."""
 
     def parse(value: str) -> float:
-        try:
-            found = kind(value)
-        except ValueError:
-            found = math.nan
-        if not least <= found <= most:
-            what = "a whole number" if kind is int else "a number of seconds"
-            raise ValueError(f"must be {what} from {least:g} to {most:g}, not {value[:40]!r}")
-        return found
+        with suppress(ValueError):
+            if least <= (found := kind(value)) <= most:
+                return found
+        what = "a whole number" if kind is int else "a number of seconds"
+        raise ValueError(f"must be {what} from {least:g} to {most:g}, not {value[:40]!r}")
 
     return parse
 
@@ -172,10 +167,11 @@ def _finish(chosen: dict[str, Any], search_path: str) -> list[str]:
     """Find supervisorctl and read the token: what needs the disk once every value is known to be well formed."""
     faults = []
     command, token_file = chosen["supervisorctl"], chosen["token_file"]
-    executable = shutil.which("".join(command[:1]), path=search_path + os.pathsep + _USUAL_FOLDERS)
+    program = "".join(command[:1])
+    executable = shutil.which(program, path=search_path + os.pathsep + _USUAL_FOLDERS)
     chosen["supervisorctl"] = (os.path.abspath(executable), *command[1:]) if executable else ()
     if chosen["supervisorctl_chosen"] and not executable:
-        faults.append(f"SUPERVISORCTL {''.join(command[:1])!r} cannot be found or run; correct it, or leave it out")
+        faults.append(f"SUPERVISORCTL {program!r} cannot be found or run; correct it, or leave it out")
     if token_file and not chosen["token"]:
         chosen["token"] = (_read("token file", token_file) or "").strip()
         if not chosen["token"]:
