@@ -14,7 +14,7 @@ _ABOUT_THE_BYTES = {"security.ima", "security.evm"}
 
 @contextmanager
 def opened(path: str, flags: int = os.O_RDONLY | os.O_NOFOLLOW) -> Iterator[int]:
-    """A file descriptor of `path` itself, never through a link; closed at the end."""
+    """A file descriptor of `path`, by default never through a link; closed at the end."""
     fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield fd
@@ -51,11 +51,12 @@ def create_private(path: str) -> int:
 
 def _xattrs(file: str | int) -> dict[str, bytes]:
     try:
-        return {name: os.getxattr(file, name) for name in os.listxattr(file) if name not in _ABOUT_THE_BYTES}
+        names = os.listxattr(file)
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENOSYS):
             return {}
         raise
+    return {name: os.getxattr(file, name) for name in names if name not in _ABOUT_THE_BYTES}
 
 
 def copy_attributes(source: str, fd: int) -> None:
@@ -111,15 +112,14 @@ def write_atomically(
                 os.fchmod(file.fileno(), 0o644)
             if durable:
                 os.fsync(file.fileno())
-        replaced = still()
-        if replaced:
-            os.replace(temporary, path)
+        if not still():
+            os.unlink(temporary)
+            return False
+        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    if not replaced:
-        os.unlink(temporary)
-    elif durable:
+    if durable:
         fsync_folder(os.path.dirname(path))
-    return replaced
+    return True

@@ -83,7 +83,7 @@ def running_since(state_dir: str) -> float | None:
     try:
         with open(os.path.join(state_dir, "running.json"), encoding="ascii") as file:
             since = json.load(file)["since"]
-        return since if isinstance(since, float) and 0 <= since < time.time() + 86400 else None
+        return since if isinstance(since, float) and 0 <= since < time.time() + 3600 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -44,7 +44,7 @@ def probe(check: HealthCheck, timeout: float) -> str | None:
 def _connect(kind: str, target: str, timeout: float) -> str:
     parts = urlsplit(target if kind == "http" else f"//{target}")
     connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    with closing(connect(str(parts.hostname), parts.port, timeout=timeout)) as connection:
+    with closing(connect(str(parts.hostname), parts.port or connect.default_port, timeout=timeout)) as connection:
         if kind == "tcp":
             connection.connect()
             return ""

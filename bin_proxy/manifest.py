@@ -166,10 +166,6 @@ def _arguments(value: Any) -> tuple[str, ...] | None:
     return tuple(value) if fits and value and value[0] else None
 
 
-def _reported(value: Any) -> str | None:
-    return (value or "") if isinstance(value, (str, type(None))) else None
-
-
 def _health(check: Any) -> HealthCheck | None:
     [(kind, target)] = check.items() if isinstance(check, dict) and len(check) == 1 else [("", "")]
     if kind == "command":
@@ -199,7 +195,11 @@ _KEYS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "healthTimeout": ("health_timeout", _seconds, _TIME),
     "healthCheck": ("health", _health, _CHECKS),
     "verifyCommand": ("verify", _arguments, 'be a list of arguments, such as ["{file}", "--version"]'),
-    "currentMd5": ("reported", _reported, "be a string"),
+    "currentMd5": (
+        "reported",
+        lambda value: (value or "") if isinstance(value, (str, type(None))) else None,
+        "be a string",
+    ),
 }
 
 
@@ -216,16 +216,17 @@ def record_md5s(path: str, digests: Mapping[str, str]) -> None:
         HostError: it cannot be read, understood or written; it is as it was.
     """
     try:
-        if not any(_recorded(os.path.realpath(path), digests) for _ in range(5)):
+        if not any(_recorded(os.path.realpath(path, strict=True), digests) for _ in range(5)):
             raise ValueError("it keeps changing")
     except (OSError, ValueError) as error:
         raise host_error(f"record the new MD5 in manifest {path}", error) from error
 
 
 def _recorded(path: str, digests: Mapping[str, str]) -> bool:
-    old = _read(path)
+    changed, old = os.stat(path).st_ctime_ns, _read(path)
     new = _with_md5s(old, digests)
-    return new == old or write_atomically(path, new.encode(), like=path, still=lambda: _read(path) == old)
+    still = lambda: os.stat(path).st_ctime_ns == changed and _read(path) == old  # noqa: E731
+    return new == old or write_atomically(path, new.encode(), like=path, still=still)
 
 
 def _with_md5s(text: str, digests: Mapping[str, str]) -> str:

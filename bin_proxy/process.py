@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bin_proxy.errors import host_error
+from bin_proxy.errors import host_error, host_errors
 
 if TYPE_CHECKING:
     import subprocess
@@ -71,14 +71,14 @@ def run(arguments: Sequence[str], timeout: float) -> Finished:
     """Run a program to its end.
 
     Args:
-        arguments, timeout: the program and its arguments; seconds after which all of its session is killed.
+        arguments, timeout: the program and its arguments; seconds after which its whole process group is killed.
 
     Raises:
         HostError: it cannot be started.
     """
     deadline, ended = time.monotonic() + timeout, False
     output = bytearray(), bytearray()
-    with _start(arguments) as child, selectors.DefaultSelector() as selector:
+    with host_errors(f"run {arguments[0]}"), selectors.DefaultSelector() as selector, _start(arguments) as child:
         try:
             _running.add(child.pid)
             for pipe, kept in zip((child.stdout, child.stderr), output, strict=True):

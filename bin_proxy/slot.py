@@ -102,7 +102,9 @@ def check_writable(folder: str) -> None:
     Raises:
         HostError: it could not.
     """
-    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+    with host_errors(f"look at {folder}"):
+        flags = os.statvfs(folder).f_flag
+    if flags & os.ST_RDONLY:
         raise HostError(f"{folder} is on a filesystem mounted read-only")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise HostError(f"{folder} cannot be written: run as root, or correct its owner")
@@ -115,8 +117,8 @@ def discard(path: str) -> None:
         HostError: it is there and cannot be removed.
     """
     with host_errors(f"remove {path}"), suppress(FileNotFoundError):
-        if os.path.lexists(path):  # on a read-only filesystem unlink complains of what is not there, too
-            os.unlink(path)
+        os.lstat(path)  # on a read-only filesystem unlink complains of what is not there, too
+        os.unlink(path)
 
 
 def swap(part: str, target: str) -> None:
@@ -126,9 +128,9 @@ def swap(part: str, target: str) -> None:
         OSError: it was not done, or (from the folder's fsync) it was and may not survive a power loss.
     """
     with opened(part) as fd:
-        if os.path.lexists(target):
+        try:
             copy_attributes(target, fd)
-        else:
+        except FileNotFoundError:
             os.fchmod(fd, 0o755)
         os.fsync(fd)
     os.replace(part, target)
@@ -146,15 +148,14 @@ class Backups:
         self._root = os.path.join(folder, "backups")
 
     def listed(self, name: str, order: list[str]) -> list[str]:
-        """The MD5s that are kept, in `order` where it knows them, then as they lie there."""
-        there = sorted(entry for entry in self._entries(name) if not entry.endswith(".tmp"))
-        return [md5 for md5 in order if md5 in there] + [md5 for md5 in there if md5 not in order]
+        """The MD5s that are kept, in `order` where it knows them, then by name; none where that cannot be seen."""
+        with suppress(OSError):
+            return [entry for entry in self._entries(name, order) if not entry.endswith(".tmp")]
+        return []
 
-    def _entries(self, name: str) -> list[str]:
-        try:
-            return os.listdir(os.path.join(self._root, name))
-        except OSError:
-            return []
+    def _entries(self, name: str, order: list[str]) -> list[str]:
+        there = sorted(os.listdir(os.path.join(self._root, name)))
+        return sorted(there, key=lambda entry: order.index(entry) if entry in order else len(order))
 
     def add(self, name: str, slot: Slot) -> None:
         """Keep the installed file: a hard link where that is possible, else a durable copy.
@@ -194,10 +195,13 @@ class Backups:
             the MD5s that stay, newest first.
 
         Raises:
-            OSError: one cannot be removed.
+            OSError: they cannot be listed, or one cannot be removed.
         """
-        kept = [md5 for md5 in self.listed(name, order) if md5 != installed][: max(1, keep)]
-        removed = [entry for entry in self._entries(name) if entry not in kept]
+        there: list[str] = []
+        with suppress(FileNotFoundError):
+            there = self._entries(name, order)
+        kept = [entry for entry in there if entry != installed and not entry.endswith(".tmp")][: max(1, keep)]
+        removed = [entry for entry in there if entry not in kept]
         for entry in removed:
             os.unlink(os.path.join(self._root, name, entry))
         if removed:  # the record that would do this again goes next

@@ -197,7 +197,8 @@ class Part:
         """Let go of the file and of the space; what was written stays."""
         self._chunks.put(b"")
         self._space.free(self.path)
-        os.close(self._fd)
+        with suppress(OSError):  # what counts was waited for in `finish`
+            os.close(self._fd)
 
 
 def stage(
@@ -230,8 +231,9 @@ def stage(
         watch(part)
         if release.size is not None:
             part.expect(release.size)
-        if slot.status and os.stat(settings.state_dir).st_dev != slot.status.st_dev:
-            # The backup is a copy there, and going back needs another here.
+        with host_errors(f"look at {settings.state_dir}"):
+            elsewhere = slot.status and os.stat(settings.state_dir).st_dev != slot.status.st_dev
+        if slot.status and elsewhere:  # the backup is a copy there, and going back needs another here
             size = slot.status.st_size
             space.claim(f"{path}:backup", settings.state_dir, lambda: size)
             space.claim(f"{path}:restore", slot.folder, lambda: size)

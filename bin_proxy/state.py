@@ -1,7 +1,8 @@
 """The durable memory in STATE_DIR: the journal of updates in progress, what is known of releases, and a cache.
 
 journal/NAME.json   one update (or rollback) of NAME has begun and is not resolved; fsynced before the host changes
-state.json          holds, pauses, growing pauses: what must survive; fsynced, written when it changes
+state.json          holds, growing pauses: what must survive; fsynced, written when it changes
+pauses.json         operators' pauses; fsynced, written without the lock
 cache.json          digests, last answers, troubles told: what a loss only makes slower; written every run
 backups/NAME/MD5    previous releases (see slot)
 """
@@ -23,6 +24,7 @@ from bin_proxy.manifest import parse_json
 VERSION = 1
 HOLDS_KEPT = 20
 _LARGEST = 64 * 1024 * 1024
+_KEYS = {"state.json": {"memories"}, "pauses.json": {"pauses"}}
 _END_OF_TIME = 1e11  # in the year 5138; no clock of ours wrote it, and no calendar can show what is far beyond
 
 
@@ -199,10 +201,10 @@ class State:
         self.unreadable: list[tuple[str, str]] = []
         self.cache: Cache = self._load("cache.json", Cache) or Cache()
         found = self._load("state.json", dict[str, dict[str, Memory]]) or {}
-        self._memories: dict[str, Memory] = found.get("memories", {})
+        self.memories: dict[str, Memory] = found.get("memories", {})
         if any(file == "state.json" for file, _ in self.unreadable):
             answers = self.cache.answers
-            self._memories = {name: Memory(lost=str(answers[name][1]) if name in answers else "*") for name in known}
+            self.memories = {name: Memory(lost=str(answers[name][1]) if name in answers else "*") for name in known}
         self._saved = self._remembered()
         self.load_pauses()
         self.records: dict[str, Record | None] = {}
@@ -225,6 +227,8 @@ class State:
                 data = parse_json(raw.decode())
                 if not isinstance(data, dict) or data.pop("version", None) != VERSION:
                     raise ValueError("it is of another version of bin-proxy")
+                if data.keys() != _KEYS.get(file, data.keys()):
+                    raise ValueError("it is not what bin-proxy writes")
                 found = decode(kind, data)
                 if kind is Record and file != f"journal/{found.name}.json":
                     raise ValueError(f"it is of {found.name[:140]!r}")
@@ -285,11 +289,7 @@ class State:
 
     def memory(self, name: str) -> Memory:
         """What is remembered of a binary; changes to it are kept by `save`."""
-        return self._memories.setdefault(name, Memory())
-
-    def remembered(self) -> dict[str, Memory]:
-        """All memories by name, of binaries that have left the manifest too."""
-        return self._memories
+        return self.memories.setdefault(name, Memory())
 
     def load_pauses(self) -> None:
         """Read the operator's pauses, which may have come while a sync was at work."""
@@ -313,7 +313,7 @@ class State:
         return None, ""
 
     def _remembered(self) -> dict[str, Any]:
-        return {name: asdict(memory) for name, memory in self._memories.items() if memory != Memory()}
+        return {name: asdict(memory) for name, memory in self.memories.items() if memory != Memory()}
 
     def save(self) -> None:
         """Make the memories durable, if they changed.

@@ -109,18 +109,21 @@ class Supervisor:
             raise self._listing
         return choose(self._listing, binary.services, binary.name)
 
-    def processes(self) -> dict[str, Process]:
-        """All processes, in one call.
+    def processes(self, names: Collection[str] = ()) -> dict[str, Process]:
+        """The processes called `names`, or all, in one call.
 
         Raises:
-            HostError: supervisorctl cannot be run, or supervisord cannot be reached.
+            HostError: supervisorctl cannot be run, supervisord cannot be reached or does not know one of them.
         """
         if not self.command:
             raise HostError("there is no supervisorctl on this host any more")
         done = self._run(["status"], min(30.0, self._restart_timeout))
         if not done.stdout.strip() and done.code != 0:
             raise HostError(f"supervisorctl status exited {done.code}: {done.last_words}")
-        return parse_status(done.stdout)
+        found = parse_status(done.stdout)
+        if gone := [name for name in names if name not in found]:
+            raise HostError(f"supervisord no longer knows {gone[0]}")
+        return {name: found[name] for name in names or found}
 
     def restart(self, names: Collection[str]) -> dict[str, str]:
         """Restart processes, after waiting for those that are being stopped.
@@ -133,7 +136,7 @@ class Supervisor:
             HostError: supervisorctl or supervisord did not do its part.
         """
         deadline = time.monotonic() + self._restart_timeout
-        while stopping := [name for name, process in self._of(names).items() if process.state == "STOPPING"]:
+        while stopping := [name for name, process in self.processes(names).items() if process.state == "STOPPING"]:
             if time.monotonic() > deadline:
                 raise Stuck(f"{stopping[0]} does not stop within {self._restart_timeout:g} s")
             time.sleep(0.3)
@@ -181,14 +184,14 @@ class Supervisor:
         seen: list[tuple[float, dict[str, int]]] = []  # when all were first seen RUNNING under which pids
         passed = probe is None
         while True:
-            found = self._of(before)
+            found = self.processes(before) if before else {}
             for process in found.values():
                 # Stopped by somebody else, who may be about to start it.
                 elsewhere = process.state == "STOPPED" and said.get(process.name, _ELSEWHERE) == _ELSEWHERE
                 if process.state in _DEAD and not elsewhere:
                     raise ReleaseError(f"{process.name} is {process.state} ({said.get(process.name) or process.words})")
-                if process.state == "RUNNING" and process.pid and process.pid == before[process.name]:
-                    raise Stuck(f"supervisorctl restart left {process.name} running as it was")
+            if stale := [p.name for p in found.values() if p.state == "RUNNING" and p.pid and p.pid == before[p.name]]:
+                raise Stuck(f"supervisorctl restart left {stale[0]} running as it was")
             now = time.monotonic()
             if all(process.state == "RUNNING" for process in found.values()):
                 pids = {name: process.pid or 0 for name, process in found.items()}
@@ -210,12 +213,6 @@ class Supervisor:
                 states = ", ".join(f"{process.name} is {process.state}" for process in found.values())
                 raise Stuck(f"after {now - start:.0f} s {states}")
             time.sleep(min(1.0, max(0.1, window / 6)))
-
-    def _of(self, names: Collection[str]) -> dict[str, Process]:
-        processes = self.processes() if names else {}
-        if gone := [name for name in names if name not in processes]:
-            raise HostError(f"supervisord no longer knows {gone[0]}")
-        return {name: processes[name] for name in names}
 
     def _run(self, arguments: list[str], timeout: float, late: type[HostError] = HostError) -> Finished:
         done = run([*self.command, *arguments], timeout)

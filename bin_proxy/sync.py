@@ -73,10 +73,7 @@ class Sync:
         self._updater = Updater(settings, self.state, report)
         self._api = BinManager(settings, report.detail)
         self._space = Space()
-        self._workers = Workers(settings.jobs, self._late)
-
-    def _late(self, limit: float) -> BinProxyError:
-        return Unreachable(f"bin-manager did not come to an end within {limit:g} s")
+        self._workers = Workers(settings.jobs, lambda limit: Unreachable("bin-manager did not come to an end in time"))
 
     def run(self) -> None:
         """Bring every selected binary to its outcome, into `results`; what belongs to none, into the report's notes.
@@ -124,7 +121,7 @@ class Sync:
                 if name not in self._binaries:
                     self.results[name] = result
         if not self._options.only:
-            for name, memory in self.state.remembered().items():
+            for name, memory in self.state.memories.items():
                 if name not in self._binaries:
                     self._drop_parts(memory, keep=None)
 

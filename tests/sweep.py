@@ -51,6 +51,11 @@ CHANGING = (
     "fsync,fdatasync,chmod,fchmod,fchmodat,chown,fchown,lchown,fchownat,setxattr,lsetxattr,fsetxattr,removexattr,"
     "lremovexattr,fremovexattr,truncate,ftruncate,fallocate,utimensat,openat,ioctl,copy_file_range,sendfile"
 )
+# What looks at a file. Only such an error is tried, as disk full and the like are of no concern to who reads.
+READING = (
+    "openat,read,pread64,getdents64,stat,lstat,fstat,newfstatat,statx,statfs,fstatfs,readlink,readlinkat,access,faccessat,"
+    "faccessat2,getxattr,lgetxattr,fgetxattr,listxattr,llistxattr,flistxattr"
+)
 # What supervisorctl says to supervisord and hears from it.
 TALKING = ("connect", "sendto", "recvfrom")
 _LINE = re.compile(r"(\d+)\s+(\w+)\((.*)")
@@ -60,12 +65,14 @@ _QUOTED = re.compile(r'"([^"]*)"')
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded system call on a file of the host; {old}, {new} and so on stand in `path` for what differs."""
+    """One recorded system call on a file of the host; {old}, {new} and so on stand in `path` for what differs.
+
+    `counts` says whether it is to be a point: it changes something, or where that is what is swept, it reads."""
 
     thread: int
     name: str
     path: str
-    changes: bool
+    counts: bool
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,13 @@ def strace(output: str, *options: str) -> list[str]:
     return ["strace", "-f", "-qq", "-b", "execve", "-o", output, *options]
 
 
-def read_calls(text: str, names: dict[str, str]) -> list[Call]:
+def read_calls(text: str, names: dict[str, str], *, reading: bool = False) -> list[Call]:
     """The calls in what `strace -f -y` wrote, as far as they concern a file whose path begins with one of `names`.
 
     Args:
         text: strace's output.
         names: what stands in a path of this run, and what is written in its place.
+        reading: those that read are the ones to be points.
     """
     calls, threads = [], {}
     for line in text.splitlines():
@@ -107,12 +115,13 @@ def read_calls(text: str, names: dict[str, str]) -> list[Call]:
         if not path.startswith("{"):
             continue
         changes = name not in ("openat", "ioctl") or "O_CREAT" in arguments or "FICLONE" in arguments
-        calls.append(Call(threads.setdefault(thread, len(threads)), name, path, changes))
+        counts = changes if not reading else name != "openat" or not changes
+        calls.append(Call(threads.setdefault(thread, len(threads)), name, path, counts))
     return calls
 
 
-def find_points(calls: list[Call]) -> list[Point]:
-    """A point for each call that changes something, in their order.
+def find_points(calls: list[Call], *, every: bool = True) -> list[Point]:
+    """A point for each call that counts, in their order.
 
     strace counts the calls of each thread by itself, and only those on the paths it is told; so for each call a choice
     of paths is looked for with which that call is the first to have its number.
@@ -120,7 +129,7 @@ def find_points(calls: list[Call]) -> list[Point]:
     points = []
     everything = tuple(dict.fromkeys(call.path for call in calls))
     for at, call in enumerate(calls):
-        if not call.changes:
+        if not call.counts:
             continue
         alike = [other.path for other in calls[:at] if other.thread == call.thread and other.name == call.name]
         choices = [(call.path,), *((call.path, path) for path in dict.fromkeys(alike)), (*alike, call.path), everything]
@@ -132,7 +141,7 @@ def find_points(calls: list[Call]) -> list[Point]:
                 points.append(Point(f"{len(points) + 1:02d} {call.name} {call.path}", call.name, paths, nth, before))
                 break
         else:
-            raise AssertionError(f"no way to tell {call} from the others")
+            assert not every, f"no way to tell {call} from the others"
     return points
 
 
@@ -383,12 +392,12 @@ class Bench:
             path = path.replace(written, here)
         return path
 
-    def record(self) -> list[Call]:
-        """The calls of one run to its end."""
+    def record(self, *, reading: bool = False) -> list[Call]:
+        """The calls of one run to its end, those that change something or those that read."""
         goal = self.scenario.prepare(self)
         output = str(self.host.root / "trace")
-        self.run([*strace(output, "-y", "-e", f"trace={CHANGING}"), *self.command()])
-        calls = read_calls(Path(output).read_text(errors="replace"), self.names(goal))
+        self.run([*strace(output, "-y", "-e", f"trace={READING if reading else CHANGING}"), *self.command()])
+        calls = read_calls(Path(output).read_text(errors="replace"), self.names(goal), reading=reading)
         assert calls, "strace saw nothing"
         return calls
 
@@ -531,6 +540,8 @@ exit 1
         reported = self.host.reported(NAME)
         if reported != disk.replace("absent", ""):
             wrong.append(f"the manifest says {reported!r}, the path holds {disk}")
+        if "first" not in self.scenario.name and not any((self.host.state / "backups" / NAME).iterdir()):
+            wrong.append("no backup is kept")
         if left := self.leftovers():
             wrong.append(f"left behind: {left}")
         return wrong
@@ -667,11 +678,15 @@ class Kill:
 
 @dataclass(frozen=True)
 class Fail:
-    """One system call fails once; with `cleaning_up`, whatever would tidy up its file afterwards fails, too."""
+    """One system call fails once; with `cleaning_up`, whatever would tidy up its file afterwards fails, too.
+
+    One that was `reading` may go unsaid where nothing hangs on it, or say that the config or manifest is at fault.
+    """
 
     point: Point
     error: str
     cleaning_up: bool = False
+    reading: bool = False
 
     @property
     def label(self) -> str:
@@ -687,14 +702,15 @@ class Fail:
         done, reached = bench.inject(goal, what, bench.command())
         said = f"the run exited {done.returncode}: {(done.stderr + done.stdout).strip()[-600:]}"
         wrong = bench.whole(goal)
-        if "Traceback" in done.stderr or "TIMEOUT" in done.stderr or done.returncode not in (0, 1):
+        ends = (0, 1, 2) if self.reading else (0, 1)
+        if "Traceback" in done.stderr or "TIMEOUT" in done.stderr or done.returncode not in ends:
             wrong.append("no clear end")
         lines = [line for line in done.stderr.splitlines() if line.startswith("bin-proxy: ")]
         if done.returncode == 0 and self.disk_is_not_where_it_should_be(bench, goal):
             wrong.append("exit 0, and it did not converge")
-        if done.returncode == 1 and not lines:
-            wrong.append("exit 1 without a line")
-        if done.returncode == 1 and not goal.held and WORDS[self.error] not in done.stderr:
+        if done.returncode and not lines:
+            wrong.append(f"exit {done.returncode} without a line")
+        if done.returncode == 1 and not goal.held and not self.reading and WORDS[self.error] not in done.stderr:
             wrong.append("the line does not tell the error")
         if wrong:
             return Verdict(reached, [*wrong, said])
@@ -805,6 +821,10 @@ def errors(bench: Bench) -> list[Strike]:
     return found + [Fail(point, "ENOSPC", cleaning_up=True) for point in again]
 
 
+def unreadables(bench: Bench) -> list[Strike]:
+    return [Fail(point, "EIO", reading=True) for point in find_points(bench.record(reading=True), every=False)]
+
+
 def child_kills(bench: Bench, *, parent: bool) -> list[Strike]:
     return [KillChild(call, name, nth, parent) for call, name, nth in bench.record_ctl()]
 
@@ -849,10 +869,11 @@ def sample(tasks: list[Any], count: int, seed: int) -> list[Any]:
 
 
 RANDOM_KILLS = 200
-KINDS = ("kill", "kill-group", "kill-child", "random", "recovery", "errors")
+KINDS = ("kill", "kill-group", "kill-child", "random", "recovery", "errors", "reads")
 _SITUATIONS = {
     "kill": tuple(SCENARIOS),
     "errors": tuple(SCENARIOS),
+    "reads": tuple(SCENARIOS),
     "kill-group": ("good", "bad", "first", "rollback"),
     "kill-child": ("good", "bad", "first", "rollback"),
     "random": ("good", "bad"),
@@ -873,6 +894,7 @@ def plan(kind: str, bench: Bench, count: int, seed: int, match: str = "") -> lis
     strikes = {
         "kill": lambda: kills(bench),
         "errors": lambda: errors(bench),
+        "reads": lambda: unreadables(bench),
         "kill-group": lambda: child_kills(bench, parent=True),
         "kill-child": lambda: child_kills(bench, parent=False),
         "random": lambda: kills_any_time(bench, min(count, RANDOM_KILLS), seed),

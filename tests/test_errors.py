@@ -14,3 +14,9 @@ from tests.sweep import SCENARIOS, Bench, try_some
 def test_a_system_call_that_fails_once_is_told_and_mended(bench: Bench) -> None:
     """The path is whole, the line names the error, nothing good is held, and the next syncs converge."""
     assert try_some(bench, "errors", 5) == 5
+
+
+@pytest.mark.parametrize("bench", sorted(SCENARIOS), indirect=True)
+def test_a_file_that_cannot_be_read_once_harms_nothing(bench: Bench) -> None:
+    """EIO where bin-proxy only looks: the path is whole, no backup or attribute is lost, the next syncs converge."""
+    assert try_some(bench, "reads", 4) == 4

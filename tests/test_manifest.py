@@ -540,7 +540,8 @@ def test_an_operators_edit_during_a_sync_is_kept(host: Host) -> None:
     assert host.manifest_path.read_text() == edited.replace("?", release)
 
 
-def test_an_edit_at_the_last_moment_is_kept(host: Host) -> None:
+@pytest.mark.parametrize("how", ["content", "mode"])
+def test_an_edit_at_the_last_moment_is_kept(host: Host, how: str) -> None:
     """An edit that comes while the new manifest is being written is not overwritten: the recording begins anew."""
     require("strace")
     host.install("tool", b"tool 1")
@@ -553,10 +554,15 @@ def test_an_edit_at_the_last_moment_is_kept(host: Host) -> None:
         [*slow, *host.command("sync")], cwd=Path(__file__).parent.parent, env=host.environment(), stderr=subprocess.PIPE
     )
     eventually(lambda: [name for name in set(os.listdir(host.root)) - there if "manifest" in name], 60)
-    edited = '{"edited": true, "binaries": [{"name": "tool", "service": false, "currentMd5": "?"}]}'
-    new = host.root / "edit"
-    new.write_text(edited)
-    new.rename(host.manifest_path)
+    edited = host.manifest_path.read_text()
+    if how == "mode":
+        host.manifest_path.chmod(0o600)
+    else:
+        edited = '{"edited": true, "binaries": [{"name": "tool", "service": false, "currentMd5": "?"}]}'
+        new = host.root / "edit"
+        new.write_text(edited)
+        new.rename(host.manifest_path)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, b"")
     assert host.manifest_path.read_text() == edited.replace("?", release)
+    assert stat.S_IMODE(host.manifest_path.stat().st_mode) == (0o600 if how == "mode" else 0o644)

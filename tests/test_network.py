@@ -453,6 +453,17 @@ def test_one_binary_that_never_answers_fails_alone(host: Host, path: str) -> Non
     assert host.disk_md5("manager") == md5(good("v1"))
 
 
+def test_a_bin_manager_that_drips_at_all_is_told_in_one_line(host: Host) -> None:
+    """However long each binary took: one cause is one line."""
+    names = ("first", "manager", "last")
+    host.write_manifest(*(entry(name) for name in names))
+    for name in names:
+        host.install(name, good("v1"))
+        host.server.always[host.server.md5_path(name)] = faults.dripping_headers
+    done = host.sync(**QUICK)
+    assert done.returncode == 1 and "first, manager, last: " in one_line(done)
+
+
 def test_no_more_than_jobs_requests_are_under_way_at_once(host: Host) -> None:
     """The server never sees more, and sees as many."""
     lock, under_way, most = threading.Lock(), [0], [0]

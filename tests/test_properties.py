@@ -112,9 +112,11 @@ def _with_a_word(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("file", STATE_FILES)
-def test_a_state_file_with_a_word_where_a_list_or_an_object_belongs_is_unreadable(file: str, tmp_path: Path) -> None:
-    """A word is a sequence, too, so it would be worked through letter by letter."""
-    for content in _with_a_word(json.loads(STATE_FILES[file])):
+def test_a_state_file_of_another_shape_is_unreadable(file: str, tmp_path: Path) -> None:
+    """A word in the place of a list would be worked through letter by letter; a key that is missing is not nothing."""
+    whole = json.loads(STATE_FILES[file])
+    less = [{key: value for key, value in whole.items() if key != left_out} for left_out in whole]
+    for content in [*_with_a_word(whole), *less, {**whole, "more": {}}]:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(json.dumps(content))
         assert [name for name, _ in State(str(tmp_path), ("manager",)).unreadable] == [file], content

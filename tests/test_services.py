@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from bin_proxy.health import probe
+from bin_proxy.manifest import HealthCheck
 from tests.conftest import require
 from tests.faults import Wrapper, one_line, run_later, script, sleeper, sleepers
 from tests.host import SLEEP, SUPERVISORCTL, Host, dies_after, dies_at_once, eventually, good, md5, running_host
@@ -668,6 +670,12 @@ def test_a_health_check_must_pass_again_at_the_end_of_the_window(host: Host) -> 
     assert done.returncode == 1 and "health" in one_line(done)
     assert host.disk_md5("manager") == md5(old) and held(host) == [md5(bad)]
     assert host.pid("manager") and well.exists()
+
+
+def test_a_health_check_of_an_ipv6_address_without_a_port_asks_the_usual_one() -> None:
+    """The end of the address is not taken for a port."""
+    wrong = probe(HealthCheck("http", "http://[::1]/health"), 5.0)
+    assert wrong is None or "not known" not in wrong
 
 
 def test_a_binary_has_its_own_window_and_its_own_health_timeout(host: Host) -> None:
