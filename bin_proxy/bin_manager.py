@@ -32,7 +32,6 @@ _TRIES = 3
 _LARGEST_ANSWER = 256 * 1024
 _CHUNK = 512 * 1024
 _REDIRECTS = 5
-_SUCCESS = (0, 200)
 # What a release tells of itself; all but the MD5 may be absent or null.
 _FIELDS = {"md5": (str, "[0-9a-f]{32}"), "sha256": (str, "[0-9a-f]{64}"), "size": (int, "[0-9]{1,18}")}
 # Where Debian, RHEL, SUSE and Alpine keep the store that curl uses.
@@ -119,6 +118,7 @@ class BinManager:
         self._cert = with_key if settings.client_key else settings.client_cert or None
         # No session: it would take credentials from .netrc, keep cookies, and read the whole body of each redirect.
         self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=settings.jobs)
+        self._home: tuple[str, str | None, int | None] | None = None  # as sent: a host is written in several ways
         self._answered = False
         self._silences = count(1)
         self._down: BinManagerError | None = None
@@ -161,7 +161,7 @@ class BinManager:
                     raise _Failed(BinManagerError(text))
                 if status not in (200, 206):
                     raise _failure(status, self._read(response, deadline))
-                total = _expected(response, release)
+                total = _expected(response, start if status == 206 else 0, release)
                 if status == 200 and start:
                     part.restart()
                 if total is not None:
@@ -204,8 +204,12 @@ class BinManager:
         """What went wrong on the way, from the first byte of the request to the last of the body."""
         request = getattr(error, "request", None)
         url = str(request.url) if request is not None else self._api
-        own = _origin(url) == _origin(self._api)  # else it is not bin-manager's fault that this binary fails
-        where = f"bin-manager at {self._where}" if own else f"{urlsplit(url).netloc}, to which bin-manager redirects,"
+        own = not self._home or _origin(url) == self._home  # else it is not bin-manager's fault that this binary fails
+        where = (
+            f"bin-manager at {self._where}"
+            if own
+            else f"{urlsplit(url).netloc.rpartition('@')[2]}, to which bin-manager redirects,"
+        )
         again, common = True, own
         if isinstance(error, requests.exceptions.SSLError):
             text, again = f"TLS with {where} failed: {_cause(error)}", "CERTIFICATE_VERIFY_FAILED" not in str(error)
@@ -234,7 +238,8 @@ class BinManager:
             if origin[0] not in safe:
                 raise BinManagerError("bin-manager redirects to something that is neither http nor as safe as https")
             safe &= {origin[0], "https"}
-            if self._authorization and origin == _origin(self._api):
+            self._home = self._home or origin
+            if self._authorization and origin == self._home:
                 request.headers["Authorization"] = self._authorization
             how = (timeout, self._verify, self._cert, get_environ_proxies(url))
             response = self._adapter.send(request, True, *how)
@@ -308,7 +313,7 @@ def _parse_release(status: int, body: bytes) -> Release:
         answer = parse_json(body.decode())
     except ValueError as error:
         raise BinManagerError(f"bin-manager answered HTTP 200 with something that is not JSON: {error}") from None
-    if not isinstance(answer, dict) or type(answer.get("code")) is not int or answer["code"] not in _SUCCESS:
+    if not isinstance(answer, dict) or type(answer.get("code")) is not int or answer["code"] not in (0, 200):
         raise _failure(status, body)
     data = answer.get("data")
     if not isinstance(data, dict):
@@ -323,13 +328,13 @@ def _parse_release(status: int, body: bytes) -> Release:
     return Release(str(found["md5"]), found["sha256"], data.get("size"))
 
 
-def _expected(response: requests.Response, release: Release) -> int | None:
+def _expected(response: requests.Response, start: int, release: Release) -> int | None:
     """How many bytes the whole release has; None where neither the headers nor bin-manager's answer tell."""
     if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
         raise BinManagerError("bin-manager sent the download compressed, though asked not to")
-    told = response.headers.get("Content-Range" if response.status_code == 206 else "Content-Length", "")
-    match = re.fullmatch(r"(?:bytes [0-9-]*/)?([0-9]{1,15})", told)
-    total = int(match[1]) if match else release.size
+    length = re.fullmatch(r"[0-9]{1,15}", response.headers.get("Content-Length", ""))
+    told = re.fullmatch(r"bytes [0-9-]*/([0-9]{1,15})", response.headers.get("Content-Range", ""))
+    total = int(told[1]) if told and start else start + int(length[0]) if length else release.size
     if release.size not in (None, total):
         raise BinManagerError(f"bin-manager announced {release.size} bytes and sends {total}")
     return total

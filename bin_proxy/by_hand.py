@@ -6,7 +6,7 @@ import re
 import time
 
 from bin_proxy.atomic import make_folder
-from bin_proxy.errors import HostError, UsageError
+from bin_proxy.errors import HostError, UsageError, host_errors
 from bin_proxy.guard import Signals, locked
 from bin_proxy.manifest import Binary
 from bin_proxy.plan import short
@@ -99,11 +99,12 @@ def pause(settings: Settings, names: tuple[str, ...], reason: str, duration: str
 
     Raises:
         UsageError: that is no duration.
-        HostError, OSError: it cannot be remembered.
+        HostError: it cannot be remembered.
     """
     now = time.time()
     until = None if duration is None else now + _seconds(duration)
-    make_folder(settings.state_dir, 0o755)
+    with host_errors(f"make {settings.state_dir}"):
+        make_folder(settings.state_dir, 0o755)
     state = State(settings.state_dir, ())
     state.pauses |= dict.fromkeys(names or ("*",), Pause(reason, now, until))
     state.save_pauses()

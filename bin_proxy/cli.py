@@ -16,7 +16,7 @@ import click
 from click import Context
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, host_error
+from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean, host_error
 from bin_proxy.manifest import Binary, load_manifest
 from bin_proxy.report import Report, echo
 from bin_proxy.settings import TABLE, Settings, load_settings, number
@@ -83,11 +83,18 @@ def _complete(context: Context, parameter: click.Parameter, incomplete: str) -> 
         return []
 
 
+def _number(context: Context, parameter: click.Parameter, value: str) -> float:
+    try:
+        return number(0, 1e9)(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 _only = click.option(
     "--only", multiple=True, metavar="NAME", shell_complete=_complete, help="Only this binary; may be repeated."
 )
 _names = click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
-_seconds = partial(click.option, type=number(0, 1e9), default=0.0, metavar="SECONDS")
+_seconds = partial(click.option, callback=_number, default="0", metavar="SECONDS")
 
 
 @cli.command()
@@ -249,7 +256,7 @@ def doctor(context: Context) -> int:
 
     code = 0
     for well, line in examine(partial(_settings, context)):
-        echo(f"{'ok   ' if well else 'WRONG'}  {line}")
+        click.echo(clean(f"{'ok   ' if well else 'WRONG'}  {line}"))  # not wrapped: what to do is to be copied
         code = code if well else 1
     return code
 
@@ -262,7 +269,7 @@ def _fail(error: BinProxyError) -> int:
             echo(f"bin-proxy: another bin-proxy is at work{since}", err=True)
         return 75
     for line in error.faults if isinstance(error, UsageError) else [str(error)]:
-        echo(f"bin-proxy: {line}", err=True)
+        click.echo(clean(f"bin-proxy: {line}"), err=True)
     return 2 if isinstance(error, UsageError) else 1
 
 

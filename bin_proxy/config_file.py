@@ -25,8 +25,9 @@ _TOKEN = re.compile(
 )
 _QUOTED = re.compile(r"""\\\n|\\(.)|'([^']*)'|"((?:[^"\\]|\\.)*)\"""", re.S)
 _NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)([ \t]*\+?)=")
-# Behind the last three only a shell knows what still counts: nothing closes them.
-_OPENS = {"if", "while", "until", "for", "select", "{", "return", "exit", "function"}
+# Words only where a command begins.
+_OPENS = {"if", "while", "until", "for", "select", "function"}
+_BEGINS = {"if", "while", "until", "then", "do", "else", "elif", "!", "time", "{"}
 _CLOSES = {"fi", "done", "}"}
 
 
@@ -55,17 +56,22 @@ def parse_config(text: str) -> list[Assignment]:
     """
     found: list[Assignment] = []
     words: list[tuple[str, bool, int]] = []
-    line, depth, begun, alone, lost = 1, 0, 0, True, False
+    line, depth, begun, alone, lost, starts = 1, 0, 0, True, False, {0}
     for token in _TOKEN.finditer(text.replace("\r\n", "\n")):
         if token["word"]:
             words.append((token["word"], token["shell"] is None, line))
         line += token[0].count("\n")
-        alone &= token["sign"] is None  # else a part of a list or pipe, or in the background
+        if token["sign"]:  # a part of a list or pipe, or in the background
+            alone = False
+            starts.add(len(words))
         lost |= bool(token["lost"] or token["stray"])
         if token["end"] is None:
             continue
         raws = [word for word, _, _ in words]
-        depth += sum(raw in _OPENS for raw in raws)
+        depth += sum(raw in _OPENS and (at in starts or raws[at - 1] in _BEGINS) for at, raw in enumerate(raws))
+        depth += sum(
+            raw in ("return", "exit", "{") for raw in raws
+        )  # nothing closes these: only a shell knows what counts
         # A name that is quoted, if only in part, makes the word a command, though not behind an export.
         exported = raws[:1] == ["export"]
         names = [_NAME.match(_unquoted(raw) if exported else raw.replace("\\\n", "")) for raw in raws]
@@ -79,5 +85,5 @@ def parse_config(text: str) -> list[Assignment]:
         if token["end"] != ";":
             begun = len(found)
         depth -= sum(raw in _CLOSES for raw in raws[:1])
-        words, alone = [], True
+        words, alone, starts = [], True, {0}
     return found

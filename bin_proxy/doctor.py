@@ -16,6 +16,7 @@ from bin_proxy.slot import check_writable
 from bin_proxy.state import State
 from bin_proxy.status import DEAD, judge_last_sync, survey
 
+_TOKEN = re.compile(r"^\s*(export\s+)?BIN_MANAGER_TOKEN=", re.MULTILINE)
 _THIS_HOST = re.compile(r"(.+\.)?localhost|127(\.\d+){3}|::1")
 
 
@@ -43,14 +44,13 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
     here = "read" if settings.config_found else "absent, so defaults and the environment count"
     yield True, "config", f"{settings.config} {here}"
     public = settings.config_found and os.stat(settings.config).st_mode & 0o004
-    if public and settings.token and settings.token in Path(settings.config).read_text("utf-8"):
+    if public and _TOKEN.search(Path(settings.config).read_text("utf-8")):
         yield False, "config", f"everybody may read the token in {settings.config}: chmod o-r {settings.config}"
     if os.geteuid() != 0:
         yield True, "user", "not root, so what only root may see is not checked"
     binaries = load_manifest(settings)
     names = ", ".join(binary.name for binary in binaries) or "no binary"
     yield True, "manifest", f"{settings.manifest} names {names}"
-    yield from _state(settings.state_dir)
     yield _try("log", _log, settings.log_file)
     for folder in sorted({os.path.dirname(os.path.realpath(binary.path)) for binary in binaries}):
         if os.path.isdir(folder):  # what is wrong with one that is none is found with its binaries
@@ -60,7 +60,13 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
         yield False, "bin-manager", "asked over plain http, so anyone on the way may alter a release: use https"
     if not settings.supervisorctl:
         yield True, "supervisor", "no supervisorctl on this host: install it where a service is to be restarted"
-    for view in survey(settings, binaries, offline=False)[0]:
+    yield from _state(settings.state_dir, {binary.name for binary in binaries})
+    try:
+        views, _ = survey(settings, binaries, offline=False)
+    except UsageError as error:
+        yield False, "bin-manager", str(error)
+        views, _ = survey(settings, binaries, offline=True)
+    for view in views:
         row, service = view.row, view.row["service"]
         if row["latestMd5"]:
             yield True, "bin-manager", f"{row['name']}: {row['version']} is {row['latestMd5']}"
@@ -69,7 +75,7 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
         yield from ((well, row["name"], text) for well, text in view.findings)
 
 
-def _state(folder: str) -> Iterator[tuple[bool, str, str]]:
+def _state(folder: str, binaries: set[str]) -> Iterator[tuple[bool, str, str]]:
     if os.path.isdir(folder):
         yield from ((False, "state", fault) for fault in untrusted(folder, folder=True))
         yield _try("state", _space, folder)
@@ -78,10 +84,12 @@ def _state(folder: str) -> Iterator[tuple[bool, str, str]]:
     state = State(folder, ())
     for file, why in state.unreadable:
         yield False, "state", f"{file} cannot be read ({why}): the next sync sets it aside"
+    for name in sorted(state.records.keys() - binaries):
+        yield False, name, "an update was cut off, and it has left the manifest: the next sync finishes or undoes it"
     recent, text = judge_last_sync(state.cache.last_sync)
     yield recent, "last sync", text
     for key, (_, _, trouble) in state.cache.troubles.items():
-        yield False, f"last sync: {key.split(' ')[0]}", str(trouble)
+        yield False, f"last sync: {key.split(' ')[0]}", trouble
 
 
 def _try(what: str, check: Callable[[str], str], path: str) -> tuple[bool, str, str]:

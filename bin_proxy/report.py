@@ -111,7 +111,7 @@ class Report:
         current |= {f"* {text.split(':')[0]}": ("", text) for text in self.notes}
         self._log_ends(current.keys(), {"*", *(result.name for result in results)}, cache, now)
         known = dict(cache.troubles)
-        due = {key for key in current if key not in known or abs(now - float(known[key][1])) >= _HOUR}
+        due = {key for key in current if key not in known or abs(now - known[key][1]) >= _HOUR}
         due -= {key for key, result in bad.items() if result.outcome == "rolled-back"}  # logged when it happened
         for line in _lines(current[key] for key in current if key in due):
             self.log(line)
@@ -121,8 +121,8 @@ class Report:
         for line in _lines(current[key] for key in current if watched or key not in known):
             echo(f"bin-proxy: {line}", err=True)
         for key, (_, text) in current.items():
-            since, at, _ = known.get(key, [now, now, ""])
-            cache.troubles[key] = [since, now if key in due else at, text]
+            since, at, _ = known.get(key, (now, now, ""))
+            cache.troubles[key] = (since, now if key in due else at, text)
 
     def _log_ends(self, current: Collection[str], looked_at: set[str], cache: Cache, now: float) -> None:
         troubled = {key.split(" ")[0] for key in current}
@@ -131,7 +131,7 @@ class Report:
             if key == _LOG_KEY and (self._fd is None or self._log_trouble):
                 continue  # where nothing was logged, nobody knows whether it is over
             since, _, text = cache.troubles.pop(key)
-            name, minutes = key.split(" ")[0], max(0.0, now - float(since)) / 60
+            name, minutes = key.split(" ")[0], max(0.0, now - since) / 60
             if name not in troubled:
                 self.log(f"{name.replace('*', 'bin-proxy')}: over after {minutes:.0f} min: {text}")
 
@@ -172,7 +172,7 @@ def write_metrics(path: str, cache: Cache, names: list[str], paused: set[str]) -
     def each(*outcomes: str) -> dict[str, float]:
         return {f'{{binary="{name}"}}': float(cache.outcomes.get(name) in outcomes) for name in names}
 
-    at, code = cache.last_sync
+    at, code = cache.last_sync or (0.0, 0.0)
     gauges: list[tuple[str, str, dict[str, float]]] = [
         ("last_sync_timestamp_seconds", "When the last sync ended.", {"": at}),
         ("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code}),

@@ -23,7 +23,7 @@ _EXPORTED = re.compile(r"(?i:(?:https?|all|no)_proxy)|REQUESTS_CA_BUNDLE|CURL_CA
 
 
 def _text(value: str) -> str:
-    if any(not char.isprintable() for char in value):
+    if not value.isprintable():
         raise ValueError("holds a control character")
     return value
 
@@ -120,13 +120,13 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
     """
     chosen_config = options.get("CONFIG") or environ.get("BIN_PROXY_CONFIG")
     config = os.path.abspath(chosen_config or DEFAULT_CONFIG)
-    text = _read("config file", config, needed=bool(chosen_config))
+    faults: list[str] = []
+    text = _read("config file", config, faults, needed=bool(chosen_config))
     in_file = {}
     if text:
         from bin_proxy.config_file import parse_config  # many hosts have none
 
         in_file = {one.name: one for one in parse_config(text) if one.name in TABLE or _EXPORTED.fullmatch(one.name)}
-    faults: list[str] = []
     chosen: dict[str, Any] = {"config": config, "config_found": text is not None}
     for name in {**TABLE, **in_file}:
         value, origin = options.get(name) or environ.get(name), name
@@ -151,21 +151,22 @@ def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) ->
     return Settings(**chosen)
 
 
-def _read(what: str, path: str, *, needed: bool = True) -> str | None:
+def _read(what: str, path: str, faults: list[str], *, needed: bool = True) -> str | None:
     try:
         if doubts := untrusted(path):
-            raise UsageError(*doubts)
+            faults += doubts
+            return None
         with open(path, "rb") as file:
             return file.read(1 << 20).decode()
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, FileNotFoundError) and not needed:
-            return None
-        raise UsageError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if needed or not isinstance(error, FileNotFoundError):
+            faults.append(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}")
+        return None
 
 
 def _finish(chosen: dict[str, Any], search_path: str) -> list[str]:
     """Find supervisorctl and read the token: what needs the disk once every value is known to be well formed."""
-    faults = []
+    faults: list[str] = []
     command, token_file = chosen["supervisorctl"], chosen["token_file"]
     program = "".join(command[:1])
     executable = shutil.which(program, path=search_path + os.pathsep + _USUAL_FOLDERS)
@@ -173,8 +174,9 @@ def _finish(chosen: dict[str, Any], search_path: str) -> list[str]:
     if chosen["supervisorctl_chosen"] and not executable:
         faults.append(f"SUPERVISORCTL {program!r} cannot be found or run; correct it, or leave it out")
     if token_file and not chosen["token"]:
-        chosen["token"] = (_read("token file", token_file) or "").strip()
-        if not chosen["token"]:
+        text = _read("token file", token_file, faults)
+        chosen["token"] = (text or "").strip()
+        if text is not None and not chosen["token"]:
             faults.append(f"token file {token_file} is empty")
     if not all("!" <= char <= "~" for char in chosen["token"]):
         faults.append("the bin-manager token holds a character that no HTTP header may carry")
@@ -202,19 +204,22 @@ def untrusted(path: str, *, folder: bool = False) -> list[str]:
     trusted = {"0", os.environ.get("SUDO_UID", str(os.getuid()))}
     faults: list[str] = []
     here, rest = "/", os.path.abspath(path).split("/")[1:]
-    while not stat.S_ISCHR((status := os.lstat(here)).st_mode):  # /dev/null is everybody's, and empty
+    for _ in range(1000):  # somebody may swap links meanwhile
+        status = os.lstat(here)
+        if stat.S_ISCHR(status.st_mode):
+            break  # /dev/null is everybody's, and empty
         quoted, what = shlex.quote(here), f"{here}, which leads to {path}," if rest else path
         if str(status.st_uid) not in trusted:
             faults.append(f"{what} belongs to user {status.st_uid}, not to root: chown -h root {quoted}")
         if stat.S_ISLNK(status.st_mode):
             target = os.path.join(os.path.dirname(here), os.readlink(here))
-            here, rest = "/", [*os.path.normpath(target).split("/")[1:], *rest]
+            here, rest = "/", [*target.split("/")[1:], *rest]
             continue
         if _others_write(here, status):
             faults.append(f"others may write {what}: chmod go-w {quoted}")
         if not rest:
             break
-        here, rest = os.path.join(here, rest[0]), rest[1:]
+        here, rest = os.path.normpath(os.path.join(here, rest[0])), rest[1:]  # no link, so .. is the folder above
     return faults
 
 

@@ -149,16 +149,16 @@ class Cache:
     Args:
         digests: by path: device, inode, size, mtime_ns, ctime_ns and the MD5.
         answers: by binary: version asked for, MD5, when.
-        troubles: by "name kind md5": what was told, since when, when last logged.
+        troubles: by "name kind md5": since when, when last logged, what was told.
         outcomes: by binary, of the last sync that looked at it.
         last_sync: when it ended, its exit code.
     """
 
     digests: dict[str, list[int | str]] = field(default_factory=dict)
-    answers: dict[str, list[str | float]] = field(default_factory=dict)
-    troubles: dict[str, list[str | float]] = field(default_factory=dict)
+    answers: dict[str, tuple[str, str, float]] = field(default_factory=dict)
+    troubles: dict[str, tuple[float, float, str]] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
-    last_sync: list[float] = field(default_factory=list)
+    last_sync: tuple[float, float] | None = None
 
 
 def decode(kind: Any, value: Any) -> Any:
@@ -174,6 +174,8 @@ def decode(kind: Any, value: Any) -> Any:
                 return decode(choice, value)
     elif origin is list and isinstance(value, list):
         return [decode(arguments[0], item) for item in value]
+    elif origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(map(decode, arguments, value))
     elif origin is dict and isinstance(value, dict):
         return {key: decode(arguments[1], item) for key, item in value.items()}
     elif is_dataclass(kind) and isinstance(value, dict):
@@ -204,7 +206,7 @@ class State:
         self.memories: dict[str, Memory] = found.get("memories", {})
         if any(file == "state.json" for file, _ in self.unreadable):
             answers = self.cache.answers
-            self.memories = {name: Memory(lost=str(answers[name][1]) if name in answers else "*") for name in known}
+            self.memories = {name: Memory(lost=answers[name][1] if name in answers else "*") for name in known}
         self._saved = self._remembered()
         self.load_pauses()
         self.records: dict[str, Record | None] = {}

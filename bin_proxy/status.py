@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 import click
@@ -59,7 +58,9 @@ def restart_pending(pid: int, slot: Slot) -> bool | None:
         return None
 
 
-def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -> tuple[list[View], list[float]]:
+def survey(
+    settings: Settings, binaries: tuple[Binary, ...], *, offline: bool
+) -> tuple[list[View], tuple[float, float] | None]:
     """Look at everything, touch nothing.
 
     Args:
@@ -93,15 +94,15 @@ def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> dict[str, Any]:
     limit = 3 * settings.http_timeout + 1
     workers = Workers(settings.jobs, lambda seconds: HostError(f"bin-manager did not answer within {seconds:g} s"))
     for binary in binaries:
-        workers.submit(binary.name, limit, partial(_latest, api, binary))
+
+        def latest(job: object, binary: Binary = binary) -> list[Any]:
+            return [binary.version, api.latest(binary).md5, None]
+
+        workers.submit(binary.name, limit, latest)
     found: dict[str, Any] = {}
     while workers.busy():
         found.update(workers.results(0.2))
     return found
-
-
-def _latest(api: Any, binary: Binary, job: object) -> list[Any]:
-    return [binary.version, api.latest(binary).md5, None]
 
 
 def _service(binary: Binary, processes: list[Process], slot: Slot | None) -> tuple[dict[str, Any] | None, str]:
@@ -145,7 +146,8 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, answer: Any, run
     shown = next((name for name, applies in states.items() if applies), "outdated")
     by_operator = bool(shown == "held" and hold and hold.by == "operator")
     splay = shown == "outdated" and latest in memory.seen and not retry
-    told = next((str(text) for key, (_, _, text) in state.cache.troubles.items() if key.split(" ")[0] == name), None)
+    troubles = [text for key, (_, _, text) in state.cache.troubles.items() if key.split(" ")[0] == name]
+    told = troubles[0] if troubles and shown not in _WELL and not splay else None
     row = {
         "name": name,
         "path": binary.path,
@@ -160,7 +162,7 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, answer: Any, run
         "retryAt": rfc3339(retry.until if retry else None),
         "updatedAt": rfc3339(memory.updated_at),
         "backups": Backups(state.folder).listed(name, memory.backups),
-        "error": "; ".join(errors) or (told if shown not in _WELL else None),
+        "error": "; ".join(errors) or told,
     }
     findings = _findings(row, errors, way_out, by_operator)
     well = (by_operator or splay or shown in _WELL) and all(fine for fine, _ in findings)
@@ -206,7 +208,7 @@ def _cells(row: dict[str, Any], uptime: str, answered: float | None, by_operator
     return tuple(clean(cell) for cell in cells)
 
 
-def to_json(views: list[View], last_sync: list[float]) -> dict[str, Any]:
+def to_json(views: list[View], last_sync: tuple[float, float] | None) -> dict[str, Any]:
     """What `survey` found, as `status --json` prints it."""
     last = {"at": rfc3339(last_sync[0]), "exitCode": int(last_sync[1])} if last_sync else None
     return {"binaries": [view.row for view in views], "lastSync": last}
@@ -232,7 +234,7 @@ def _paint(text: str, view: View) -> str:
     return click.style(text, fg=_COLOURS.get(view.row["state"], "red"), bold=True)
 
 
-def judge_last_sync(last_sync: list[float]) -> tuple[bool, str]:
+def judge_last_sync(last_sync: tuple[float, float] | None) -> tuple[bool, str]:
     """Whether the last sync is as recent as it should be, and when it was and how it ended."""
     if not last_sync:
         return False, "none yet: does cron run bin-proxy sync?"

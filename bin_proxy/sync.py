@@ -158,7 +158,7 @@ class Sync:
         assert slot
         task.release = release
         memory = self.state.memory(binary.name)
-        cache.answers[binary.name] = [binary.version, release.md5, now]
+        cache.answers[binary.name] = (binary.version, release.md5, now)
         if found := remember(slot):
             cache.digests[binary.path] = found
         if memory.unwell and not self._options.dry_run:
@@ -281,7 +281,7 @@ class Sync:
             the exit code.
         """
         now, cache = time.time(), self.state.cache
-        cache.last_sync = [now, float(exit_code(results, self._report.notes))]
+        cache.last_sync = (now, float(exit_code(results, self._report.notes)))
         with self._report.noting():
             if self._settings.metrics_file:
                 pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}

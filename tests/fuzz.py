@@ -113,7 +113,7 @@ def parse_headers(raw: bytes) -> None:
         response.headers.update(zip(names, values, strict=False))
         assert bin_manager._retry_after(response) >= 0
         try:
-            total = bin_manager._expected(response, bin_manager.Release(MD5))
+            total = bin_manager._expected(response, 7, bin_manager.Release(MD5))
         except BinManagerError:
             continue
         assert total is None or total >= 0

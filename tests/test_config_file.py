@@ -94,6 +94,8 @@ CASES = [
     ("export A", {}),
     ("umask 022\nA=1", {"A": "1"}),
     ("set -a\nA=1\nB=2", {"A": "1", "B": "2"}),
+    ("echo settings for manager while waiting\nA=1", {"A": "1"}),
+    ("[ -t 1 ] || : waiting for bin-manager\nA=1", {"A": "1"}),
 ]
 
 

@@ -575,6 +575,17 @@ def test_doctor_tells_what_to_do_about_a_held_release(zoo: Host) -> None:
     assert not [line for line in wrong if re.search(r"\b(left|paused|current)\b", line)], wrong
 
 
+def test_one_fault_does_not_hide_another_from_doctor(host: Host) -> None:
+    """Certificates that cannot be used, a folder in the way and an update of a binary that has left are all told."""
+    host.write_manifest({"name": "a", **FILE})
+    (host.bin / "a").mkdir()
+    (host.state / "journal").mkdir(parents=True)
+    (host.state / "journal" / "gone.json").write_text("{}")
+    (host.root / "ca.pem").write_text("no certificate")
+    told = "\n".join(findings(host, BIN_MANAGER_CA_BUNDLE=str(host.root / "ca.pem")))
+    assert "ca.pem" in told and f"{host.bin}/a is a folder" in told and "gone: an update was cut off" in told, told
+
+
 def test_doctor_says_one_thing_once(host: Host) -> None:
     """One missing folder of two binaries is not told again and again."""
     host.write_manifest(*({"name": name, **FILE, "path": f"{host.root}/gone/{name}"} for name in ("a", "b")))

@@ -122,6 +122,15 @@ def test_a_state_file_of_another_shape_is_unreadable(file: str, tmp_path: Path) 
         assert [name for name, _ in State(str(tmp_path), ("manager",)).unreadable] == [file], content
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"last_sync": [1.0]}, {"troubles": {"a host x": ["t"]}}, {"answers": {"a": ["latest", "x"]}}]
+)
+def test_a_cache_with_too_few_values_is_unreadable(wrong: dict[str, Any], tmp_path: Path) -> None:
+    """Whoever unpacks them would stumble."""
+    (tmp_path / "cache.json").write_text(json.dumps(json.loads(STATE_FILES["cache.json"]) | wrong))
+    assert [name for name, _ in State(str(tmp_path), ()).unreadable] == ["cache.json"]
+
+
 @pytest.mark.parametrize("date", [-1.0, 1e12, 1e300, "1e999"])
 def test_a_state_file_with_a_date_beyond_the_calendar_is_unreadable(date: float | str, tmp_path: Path) -> None:
     """No calendar can show it, so whoever tells it would stumble."""

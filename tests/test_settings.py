@@ -405,6 +405,17 @@ def test_root_refuses_a_file_that_others_could_change_and_names_the_remedy(host:
     assert (host.bin / "tool").exists()
 
 
+def test_a_config_that_is_missing_hides_no_other_fault(tmp_path: Path) -> None:
+    """All is told at once."""
+    token = tmp_path / "absent token"
+    with pytest.raises(UsageError) as raised:
+        load_settings({"CONFIG": str(tmp_path / "absent")}, {"JOBS": "many", "PATH": "/bin"})
+    assert len(raised.value.faults) == 2
+    with pytest.raises(UsageError) as raised:
+        load_settings({}, {"BIN_MANAGER_TOKEN_FILE": str(token), "SUPERVISORCTL": "/absent", "PATH": "/bin"})
+    assert len(raised.value.faults) == 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_link_to_a_file_that_others_could_change_is_refused_too(host: Host, kind: str) -> None:
     """What counts is the file behind the link, and the folder that the link lies in."""

@@ -80,6 +80,12 @@ def test_every_request_bears_the_token(tool: Host) -> None:
     assert sent_to(tool.server) == [f"Bearer {TOKEN}"] * 2
 
 
+def test_a_host_written_in_another_way_is_the_same_origin(tool: Host) -> None:
+    """Names are normalised before they are sent: escapes, and those of other scripts."""
+    assert tool.sync(BIN_MANAGER_API=tool.server.api.replace("127.0.0.1", "loc%61lhost")).returncode == 0
+    assert sent_to(tool.server) == [f"Bearer {TOKEN}"] * 2
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_to_another_host_loses_the_token(tool: Host, elsewhere: BinManagerServer, status: int) -> None:
     """The redirect is followed, as object stores want it, without the credentials."""

@@ -139,6 +139,15 @@ def folder_by_way_of_an_open_folder(path: Path) -> Path:
     return path.parent / "start" / path.name
 
 
+def link_by_way_of_two_dots(path: Path) -> Path:
+    """`..` behind a link is the folder above the link's target, where the file that will be read is a rotten one."""
+    (path.parent / "releases" / "42").mkdir(parents=True)
+    (path.parent / "current").symlink_to("releases/42")
+    world_writable(Path(shutil.copy2(path, path.parent / "releases")))
+    (path.parent / "start").symlink_to(f"{path.parent}/current/../{path.name}")
+    return path.parent / "start"
+
+
 FILE_ATTACKS = [world_writable, group_writable, foreign_owner, by_acl]
 WAY_ATTACKS = [
     open_folder,
@@ -150,6 +159,7 @@ WAY_ATTACKS = [
     link_of_somebody,
     link_by_way_of_an_open_folder,
     folder_by_way_of_an_open_folder,
+    link_by_way_of_two_dots,
 ]
 CASES = [("config", attack) for attack in FILE_ATTACKS + WAY_ATTACKS]
 CASES += [(kind, attack) for kind in ("token", "manifest") for attack in (*FILE_ATTACKS, open_folder, link_of_somebody)]
@@ -167,6 +177,18 @@ def orders(host: Host, kind: str) -> tuple[Path, str]:
     path.write_text("JOBS=2\n" if kind == "config" else "a-token\n")
     path.chmod(0o644)
     return path, "BIN_PROXY_CONFIG" if kind == "config" else "BIN_MANAGER_TOKEN_FILE"
+
+
+def test_a_link_that_only_looks_like_a_circle_is_followed(tool: Host) -> None:
+    """`..` behind a link leads elsewhere, so `sub/../config` is not the file of that name beside `sub`."""
+    real = tool.root / "real"
+    (real / "sub").mkdir(parents=True)
+    (real / "config").write_text("JOBS=2\n")
+    (tool.root / "orders").mkdir()
+    (tool.root / "orders" / "sub").symlink_to(real / "sub")
+    (tool.root / "orders" / "config").symlink_to("sub/../config")
+    done = tool.sync(BIN_PROXY_CONFIG=str(tool.root / "orders" / "config"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("kind", "attack"), CASES, ids=lambda value: getattr(value, "__name__", value))
