@@ -161,7 +161,7 @@ class BinManager:
                     raise _Failed(BinManagerError(text))
                 if status not in (200, 206):
                     raise _failure(status, self._read(response, deadline))
-                total = _expected(response, start if status == 206 else 0, release)
+                total = _expected(response, start, release)
                 if status == 200 and start:
                     part.restart()
                 if total is not None:
@@ -333,8 +333,10 @@ def _expected(response: requests.Response, start: int, release: Release) -> int 
     if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
         raise BinManagerError("bin-manager sent the download compressed, though asked not to")
     length = re.fullmatch(r"[0-9]{1,15}", response.headers.get("Content-Length", ""))
-    told = re.fullmatch(r"bytes [0-9-]*/([0-9]{1,15})", response.headers.get("Content-Range", ""))
-    total = int(told[1]) if told and start else start + int(length[0]) if length else release.size
+    total = int(length[0]) if length else release.size
+    if response.status_code == 206:
+        told = re.fullmatch(r"bytes [0-9-]*/([0-9]{1,15})", response.headers.get("Content-Range", ""))
+        total = int(told[1]) if told else start + int(length[0]) if length else release.size
     if release.size not in (None, total):
         raise BinManagerError(f"bin-manager announced {release.size} bytes and sends {total}")
     return total
