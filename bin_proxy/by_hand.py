@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 
 from bin_proxy.atomic import make_folder
 from bin_proxy.errors import HostError, UsageError, host_errors
@@ -67,7 +68,8 @@ def roll_back(
                 updater.stage_backup(binary, slot, md5)
                 result = updater.activate(binary, slot, md5, "operator")
             except HostError:
-                discard(part)
+                with suppress(HostError):  # the next sync removes it; what went wrong first is what is told
+                    discard(part)
                 raise
     if report.notes or not result.well:
         words = [result.error or f"it is back at {short(md5)}, but", *report.notes]

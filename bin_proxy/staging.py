@@ -240,7 +240,8 @@ def stage(
         try:
             _fill(part, binary, release, api)
         except CorruptDownload:
-            discard(path)
+            with suppress(HostError):
+                discard(path)
             newest = api.latest(binary)
             if newest.md5 != release.md5:
                 return newest
@@ -285,10 +286,12 @@ def _verify(command: tuple[str, ...], limit: float, path: str, md5: str) -> None
         finally:
             os.fchmod(fd, 0o600)
     if os.path.islink(path) or inspect(path).md5 != md5:
-        discard(path)
+        with suppress(HostError):
+            discard(path)
         raise ReleaseError(f"{what} changed the file that it was to verify")
     if done.code is None:
         raise HostError(f"{what} did not end within {limit:g} s")
     if done.code != 0:
-        discard(path)
+        with suppress(HostError):  # the next sync removes it; that it was refused is what counts
+            discard(path)
         raise ReleaseError(f"{what} exited {done.code}: {done.last_words}")
