@@ -823,7 +823,9 @@ def test_nothing_of_ours_is_left_running(manager_host: Host) -> None:
     host = manager_host
     host.server.publish("manager", script(f"exec {sleeper(host)}", "v2"))
     assert host.outcomes() == {"manager": "updated"}
-    host.server.publish("manager", script(f"{sleeper(host)} &\nsleep 1.2\nkill $!\nexit 1", "v3"))
+    # supervisord may have started it once more by the time that it is stopped, and its own child is its own affair.
+    dies = f"trap 'kill $!; exit 1' TERM\n{sleeper(host)} &\nsleep 1.2\nkill $!\nexit 1"
+    host.server.publish("manager", script(dies, "v3"))
     assert host.outcomes() == {"manager": "rolled-back"}
     eventually(lambda: sleepers(host) == [host.pid("manager")])
     assert not [line for line in command_lines() if "supervisorctl" in line and str(host.root) in line]
