@@ -119,6 +119,7 @@ class BinManager:
         # No session: it would take credentials from .netrc, keep cookies, and read the whole body of each redirect.
         self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=settings.jobs)
         self._home: tuple[str, str | None, int | None] | None = None  # as sent: a host is written in several ways
+        self._proxies = get_environ_proxies(self._api)  # once, not for each request
         self._answered = False
         self._silences = count(1)
         self._down: BinManagerError | None = None
@@ -241,7 +242,12 @@ class BinManager:
             self._home = self._home or origin
             if self._authorization and origin == self._home:
                 request.headers["Authorization"] = self._authorization
-            how = (timeout, self._verify, self._cert, get_environ_proxies(url))
+            how = (
+                timeout,
+                self._verify,
+                self._cert,
+                self._proxies if origin == self._home else get_environ_proxies(url),
+            )
             response = self._adapter.send(request, True, *how)
             self._answered = True
             if not response.is_redirect:

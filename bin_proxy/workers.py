@@ -29,7 +29,7 @@ class Job:
 
 
 class Workers:
-    """Daemon threads, one a job: one that hangs beyond its limit is left behind, and ends with the process.
+    """A pool of daemon threads: one that hangs beyond its limit is left behind, and ends with the process.
 
     Args:
         count: jobs at once.
@@ -41,6 +41,8 @@ class Workers:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._done: queue.SimpleQueue[tuple[Job, Any]] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._idle = 0
 
     def submit(self, key: Any, limit: float, action: Callable[[Job], Any]) -> None:
         """Queue `action`; `results` hands out (key, what it returned or the BinProxyError it raised).
@@ -58,14 +60,19 @@ class Workers:
             job = self._waiting.popleft()
             job.begun = time.monotonic()
             self._running.append(job)
-            threading.Thread(target=self._work, args=(job,), daemon=True).start()
+            if self._idle:  # starting a thread for each job would be felt with a hundred of them
+                self._idle -= 1
+            else:
+                threading.Thread(target=self._work, daemon=True).start()
+            self._free.put(job)
 
-    def _work(self, job: Job) -> None:
-        try:
-            outcome = job.action(job)
-        except BaseException as error:  # noqa: BLE001 - the main thread raises what is no BinProxyError
-            outcome = error
-        self._done.put((job, outcome))
+    def _work(self) -> None:
+        while job := self._free.get():
+            try:
+                outcome = job.action(job)
+            except BaseException as error:  # noqa: BLE001 - the main thread raises what is no BinProxyError
+                outcome = error
+            self._done.put((job, outcome))
 
     def busy(self) -> bool:
         """Whether a job is queued or under way."""
@@ -82,11 +89,13 @@ class Workers:
             ended.append(self._done.get(timeout=wait))
             while True:
                 ended.append(self._done.get_nowait())
+        finished = len(ended)
         ended += [(job, self._late(job.limit)) for job in self._running if job.seconds() > job.limit]
-        for job, outcome in ended:
+        for at, (job, outcome) in enumerate(ended):
             if job not in self._running:
                 continue  # it was given up
             self._running.remove(job)
+            self._idle += at < finished
             self._fill()
             if isinstance(outcome, BaseException) and not isinstance(outcome, BinProxyError):
                 raise outcome
