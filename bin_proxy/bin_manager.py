@@ -339,10 +339,13 @@ def _expected(response: requests.Response, start: int, release: Release) -> int 
     if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
         raise BinManagerError("bin-manager sent the download compressed, though asked not to")
     length = re.fullmatch(r"[0-9]{1,15}", response.headers.get("Content-Length", ""))
-    total = int(length[0]) if length else release.size
-    if response.status_code == 206:
-        told = re.fullmatch(r"bytes [0-9-]*/([0-9]{1,15})", response.headers.get("Content-Range", ""))
-        total = int(told[1]) if told else start + int(length[0]) if length else release.size
+    partial = response.status_code == 206
+    told = re.fullmatch(r"bytes [0-9-]*/([0-9]{1,15})", response.headers.get("Content-Range", ""))
+    total = release.size
+    if partial and told:
+        total = int(told[1])
+    elif length:
+        total = int(length[0]) + (start if partial else 0)
     if release.size not in (None, total):
         raise BinManagerError(f"bin-manager announced {release.size} bytes and sends {total}")
     return total

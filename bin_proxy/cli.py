@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -57,7 +58,7 @@ def cli(**options: object) -> None:
 def _settings(context: Context) -> Settings:
     """By the options before the command. Raises UsageError."""
     options = {key.upper(): value for key, value in context.find_root().params.items()}
-    return load_settings(options, os.environ)  # type: ignore[arg-type]
+    return load_settings(options, os.environ)
 
 
 def _report(context: Context, settings: Settings, *, terminal: bool) -> Report:
@@ -283,7 +284,8 @@ def _open_standard_streams() -> None:
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:

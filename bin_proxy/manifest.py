@@ -225,7 +225,10 @@ def record_md5s(path: str, digests: Mapping[str, str]) -> None:
 def _recorded(path: str, digests: Mapping[str, str]) -> bool:
     changed, old = os.stat(path).st_ctime_ns, _read(path)
     new = _with_md5s(old, digests)
-    still = lambda: os.stat(path).st_ctime_ns == changed and _read(path) == old  # noqa: E731
+
+    def still() -> bool:
+        return os.stat(path).st_ctime_ns == changed and _read(path) == old
+
     return new == old or write_atomically(path, new.encode(), like=path, still=still)
 
 

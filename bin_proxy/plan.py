@@ -52,6 +52,11 @@ def short(md5: str | None) -> str:
     return md5[:8] if md5 else "nothing"
 
 
+def way_out(name: str) -> str:
+    """How an operator has a release tried that is held or waits."""
+    return f"bin-proxy sync --only {name} --retry-held tries it again"
+
+
 def is_due(until: float, now: float, longest: float = _HOUR) -> bool:
     """Whether a pause is over; one that seems longer than the longest there is comes from a clock that jumped."""
     return until <= now or until - now > longest

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -107,7 +107,7 @@ TABLE: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 }
 
 
-def load_settings(options: Mapping[str, str | None], environ: dict[str, str]) -> Settings:
+def load_settings(options: Mapping[str, str | None], environ: MutableMapping[str, str]) -> Settings:
     """Work out every setting.
 
     Args:

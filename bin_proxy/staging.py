@@ -285,13 +285,11 @@ def _verify(command: tuple[str, ...], limit: float, path: str, md5: str) -> None
             done = run([word.replace("{file}", path) for word in command], limit)
         finally:
             os.fchmod(fd, 0o600)
-    if os.path.islink(path) or inspect(path).md5 != md5:
-        with suppress(HostError):
-            discard(path)
-        raise ReleaseError(f"{what} changed the file that it was to verify")
-    if done.code is None:
+    changed = os.path.islink(path) or inspect(path).md5 != md5
+    if done.code is None and not changed:
         raise HostError(f"{what} did not end within {limit:g} s")
-    if done.code != 0:
+    if done.code != 0 or changed:
         with suppress(HostError):  # the next sync removes it; that it was refused is what counts
             discard(path)
-        raise ReleaseError(f"{what} exited {done.code}: {done.last_words}")
+        words = "changed the file that it was to verify" if changed else f"exited {done.code}: {done.last_words}"
+        raise ReleaseError(f"{what} {words}")

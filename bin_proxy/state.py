@@ -178,10 +178,10 @@ def decode(kind: Any, value: Any) -> Any:
         return tuple(map(decode, arguments, value))
     elif origin is dict and isinstance(value, dict):
         return {key: decode(arguments[1], item) for key, item in value.items()}
-    elif is_dataclass(kind) and isinstance(value, dict):
+    elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         if value.keys() == hints.keys():
-            return kind(**{key: decode(hint, value[key]) for key, hint in hints.items()})  # type: ignore[operator]
+            return kind(**{key: decode(hint, value[key]) for key, hint in hints.items()})
     elif kind is float and type(value) in (int, float):
         if 0 <= value < _END_OF_TIME:
             return value

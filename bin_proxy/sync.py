@@ -40,14 +40,13 @@ class Options:
 
 @dataclass(eq=False)
 class _Task:
-    """A binary on its way through the run: what was found, what is offered, the file under way, staged at last."""
+    """A binary on its way through the run: what was found, what is offered, the file under way."""
 
     binary: Binary
     slot: Slot | None = None
     release: Release | None = None
     part: Part | None = None
     downloads: int = 0
-    ready: bool = False
 
 
 class Sync:
@@ -70,6 +69,8 @@ class Sync:
         self.state = State(settings.state_dir, tuple(self._binaries))
         self.results: dict[str, Result] = {}
         self._recovered: dict[str, Result] = {}
+        self._downloading: set[_Task] = set()
+        self._ready: list[_Task] = []
         self._updater = Updater(settings, self.state, report)
         self._api = BinManager(settings, report.detail)
         self._space = Space()
@@ -90,19 +91,20 @@ class Sync:
             self._recover()
         for task in self._tasks:
             self._begin(task)
-        ready: list[_Task] = []
-        while self._workers.busy() or ready:
-            for (step, task), outcome in self._workers.results(0 if ready else 0.25):
+        while self._workers.busy() or self._ready:
+            for (step, task), outcome in self._workers.results(0 if self._ready else 0.25):
                 self._take(step, task, outcome)
-            self._report.progress([task.part for task in self._tasks if task.part])
-            if ready := [task for task in self._tasks if task.ready]:
-                self._take(self._activate, ready.pop(0), None)
+            self._report.progress([task.part for task in self._downloading if task.part])
+            if self._ready:
+                first = min(self._ready, key=self._tasks.index)
+                self._ready.remove(first)
+                self._take(self._activate, first, None)
         if not self._options.dry_run:
             self._conclude()
 
     def _take(self, step: Callable[[_Task, Any], None], task: _Task, outcome: Any) -> None:
         """Go on with what a job brought; its failure, or that of the step, is that of the binary."""
-        task.part = None
+        self._downloading.discard(task)
         try:
             if isinstance(outcome, BinProxyError):
                 raise outcome
@@ -187,7 +189,7 @@ class Sync:
             decision = replace(decision, well=False, kind="restart", why=memory.unwell.reason)
         until = f"; until {time.strftime('%H:%M:%S', time.localtime(decision.until))}" if decision.until else ""
         why = decision.why + until
-        words = f"release {short(release.md5)} {decision.outcome}: {why}{_tries(binary.name)}"
+        words = f"release {short(release.md5)} {decision.outcome}: {why}; {plan.way_out(binary.name)}"
         told = None if decision.well else words
         outcome = "updated" if update else decision.outcome
         self._end(Result(binary.name, outcome, decision.well, slot.md5, release.md5, 0.0, told, decision.kind, why))
@@ -197,6 +199,8 @@ class Sync:
             memory.parts.append(path)
         self.state.save()
         task.downloads += 1
+        task.part = None
+        self._downloading.add(task)
 
         def work(job: Job) -> Release:
             def watch(part: Part | None) -> None:
@@ -211,7 +215,7 @@ class Sync:
 
     def _staged(self, task: _Task, newest: Release) -> None:
         if newest == task.release:
-            task.ready = True
+            self._ready.append(task)
         elif task.downloads < _OTHER_RELEASES:
             self._consider(task, newest)
         else:
@@ -220,7 +224,6 @@ class Sync:
 
     def _activate(self, task: _Task, _: None) -> None:
         assert task.slot and task.release
-        task.ready = False
         self.state.load_pauses()
         if not self._is_paused(task.binary.name):
             with self._signals.held():
@@ -235,7 +238,7 @@ class Sync:
         elif release and isinstance(error, ReleaseError):
             memory.hold(release.md5, told, now, "failure")
             outcome = "held"
-            told = f"release {short(release.md5)} is not installed and held: {told}{_tries(name)}"
+            told = f"release {short(release.md5)} is not installed and held: {told}; {plan.way_out(name)}"
         old, new = task.slot.md5 if task.slot else None, release.md5 if release else None
         self._end(Result(name, outcome, False, old, new, 0.0, told, error.kind))
 
@@ -287,16 +290,13 @@ class Sync:
                 pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}
                 write_metrics(self._settings.metrics_file, cache, list(self._binaries), pauses)
         self._report.troubles(results, cache, now)
-        with self._report.noting():
+        try:
             self.state.save_cache(durable=any(result.seconds for result in results))
-            return exit_code(results, self._report.notes)
-        self._report.log(self._report.notes[-1])  # every minute, as nothing can be remembered of it
-        echo(f"bin-proxy: {self._report.notes[-1]}", err=True)
-        return 1
-
-
-def _tries(name: str) -> str:
-    return f"; bin-proxy sync --only {name} --retry-held tries it again"
+        except HostError as error:  # told every minute, as nothing can be remembered of it
+            self._report.log(str(error))
+            echo(f"bin-proxy: {error}", err=True)
+            return 1
+        return exit_code(results, self._report.notes)
 
 
 def _host() -> str:

@@ -221,7 +221,7 @@ class Updater:
         tries, kind = "", "host"
         if verdict == "hold":
             memory.hold(record.new, record.reason, now, "failure")
-            tries, kind = f"; held: bin-proxy sync --only {record.name} --retry-held tries it again", "release"
+            tries, kind = f"; held: {plan.way_out(record.name)}", "release"
         elif verdict == "strike":
             memory.strikes[record.new] = strikes + 1
         if came_back is False:

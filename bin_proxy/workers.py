@@ -67,7 +67,8 @@ class Workers:
             self._free.put(job)
 
     def _work(self) -> None:
-        while job := self._free.get():
+        while True:
+            job = self._free.get()
             try:
                 outcome = job.action(job)
             except BaseException as error:  # noqa: BLE001 - the main thread raises what is no BinProxyError
@@ -89,14 +90,16 @@ class Workers:
             ended.append(self._done.get(timeout=wait))
             while True:
                 ended.append(self._done.get_nowait())
-        finished = len(ended)
-        ended += [(job, self._late(job.limit)) for job in self._running if job.seconds() > job.limit]
-        for at, (job, outcome) in enumerate(ended):
-            if job not in self._running:
-                continue  # it was given up
-            self._running.remove(job)
-            self._idle += at < finished
-            self._fill()
-            if isinstance(outcome, BaseException) and not isinstance(outcome, BinProxyError):
-                raise outcome
-            yield job.key, outcome
+        for job, outcome in ended:
+            if job in self._running:  # else it was given up
+                self._idle += 1
+                yield job.key, self._taken(job, outcome)
+        for job in [job for job in self._running if job.seconds() > job.limit]:
+            yield job.key, self._taken(job, self._late(job.limit))
+
+    def _taken(self, job: Job, outcome: Any) -> Any:
+        self._running.remove(job)
+        self._fill()
+        if isinstance(outcome, BaseException) and not isinstance(outcome, BinProxyError):
+            raise outcome
+        return outcome

@@ -48,10 +48,10 @@ def state_files() -> dict[str, bytes]:
         state.pauses["*"] = Pause("maintenance", 1.0, 2.0)
         state.save_pauses()
         state.cache.digests["/usr/local/bin/manager"] = [1, 2, 3, 4, 5, MD5]
-        state.cache.answers["manager"] = ["latest", MD5, 1.0]
-        state.cache.troubles["manager host "] = [1.0, 2.0, "text"]
+        state.cache.answers["manager"] = ("latest", MD5, 1.0)
+        state.cache.troubles["manager host "] = (1.0, 2.0, "text")
         state.cache.outcomes["manager"] = "current"
-        state.cache.last_sync = [1.0, 0.0]
+        state.cache.last_sync = (1.0, 0.0)
         state.save_cache(durable=False)
         processes = {"manager": 7}
         state.write_record(Record("manager", "/bin/manager", None, MD5, 1, processes, True, False, "sync", 1.0))

@@ -134,9 +134,8 @@ class Rig:
     def write_manifest(self, names: list[str]) -> None:
         """`names` are the binaries."""
         self.names = names
-        entries = [{"name": name, "version": "latest", "currentMd5": ""} for name in names]
-        if not self._service:
-            entries = [{**entry, "service": False} for entry in entries]  # type: ignore[dict-item]
+        service = {} if self._service else {"service": False}
+        entries = [{"name": name, "version": "latest", "currentMd5": "", **service} for name in names]
         (self.root / "manifest.json").write_text(json.dumps({"binaries": entries}, indent=2) + "\n")
 
     def fill(self, count: int, size: int) -> None:
