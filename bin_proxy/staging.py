@@ -31,20 +31,26 @@ class Space:
         self._lock = threading.Lock()
         self._claims: dict[str, tuple[int, Callable[[], int]]] = {}
 
-    def claim(self, key: str, folder: str, needs: Callable[[], int]) -> None:
+    def claim(
+        self, key: str, folder: str, needs: Callable[[], int], refused: Callable[[], None] = lambda: None
+    ) -> None:
         """Promise of the filesystem of `folder` what `key` still `needs` (in bytes) at any time, and nothing it had.
+
+        Args:
+            key, folder, needs: who, where, how many bytes.
+            refused: called before anybody else is answered, so that what it gives back can be promised to others.
 
         Raises:
             HostError: 64 MiB, or 5 % of the filesystem where that is less, would not stay free.
         """
-        with host_errors(f"look at {folder}"):
+        with self._lock, host_errors(f"look at {folder}"):
             device, numbers = os.stat(folder).st_dev, os.statvfs(folder)
-        free = numbers.f_bavail * numbers.f_frsize
-        spare = min(_SPARE, numbers.f_blocks * numbers.f_frsize // 20)
-        with self._lock:
+            spare = min(_SPARE, numbers.f_blocks * numbers.f_frsize // 20)
             self._claims.pop(key, None)
+            free = numbers.f_bavail * numbers.f_frsize
             free -= sum(left() for where, left in self._claims.values() if where == device)
             if needs() > 0 and free - needs() < spare:
+                refused()
                 text = f"{free:,} bytes are free, {needs():,} are needed and {spare:,} stay spare"
                 raise HostError(f"no space in {folder}: {text}")
             self._claims[key] = (device, needs)
@@ -123,7 +129,14 @@ class Part:
         self._claim()
 
     def _claim(self) -> None:
-        self._space.claim(self.path, os.path.dirname(self.path), lambda: self._claimed - self.offset)
+        folder = os.path.dirname(self.path)
+        self._space.claim(self.path, folder, lambda: self._claimed - self.offset, self._give_back)
+
+    def _give_back(self) -> None:
+        """Of unknown size, what came goes at once: else two that fit singly refuse each other for what both have."""
+        if self.total is None:
+            with suppress(OSError):
+                os.ftruncate(self._fd, 0)
 
     def write(self, chunk: bytes) -> None:
         """Append, and hash alongside.

@@ -82,7 +82,10 @@ class Machine:
 
     def pid_of(self, command: bytes) -> int:
         """The PID, here, of a process of the machine."""
-        ours = Path(f"/proc/{self.process.pid}/ns/pid_for_children").stat().st_ino if self.process else 0
+        try:
+            ours = Path(f"/proc/{self.process.pid}/ns/pid_for_children").stat().st_ino if self.process else 0
+        except FileNotFoundError:  # it has made the namespace, and no process in it yet
+            return 0
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 if (path / "cmdline").read_bytes() == command and (path / "ns" / "pid").stat().st_ino == ours:
