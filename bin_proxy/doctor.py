@@ -88,8 +88,8 @@ def _state(folder: str, binaries: set[str]) -> Iterator[tuple[bool, str, str]]:
         yield False, name, "an update was cut off, and it has left the manifest: the next sync finishes or undoes it"
     recent, text = judge_last_sync(state.cache.last_sync)
     yield recent, "last sync", text
-    for key, (_, _, trouble) in state.cache.troubles.items():
-        yield False, f"last sync: {key.split(' ')[0]}", trouble
+    for trouble in state.cache.troubles.values():
+        yield False, f"last sync: {trouble.name or 'bin-proxy'}", trouble.text
 
 
 def _try(what: str, check: Callable[[str], str], path: str) -> tuple[bool, str, str]:

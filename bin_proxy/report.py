@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ import click
 from bin_proxy.atomic import write_atomically
 from bin_proxy.errors import HostError, clean, host_errors
 from bin_proxy.plan import Result
-from bin_proxy.state import Cache
+from bin_proxy.state import Cache, Trouble
 
 if TYPE_CHECKING:
     from bin_proxy.staging import Part
 
 _HOUR = 3600.0
-_LOG_KEY = "* LOG_FILE"
+_LOG_KEY = " LOG_FILE"
 
 
 def echo(line: str, *, err: bool = False) -> None:
@@ -108,10 +108,10 @@ class Report:
         """
         bad = {f"{result.name} {result.kind} {result.to_md5 or ''}": result for result in results if not result.well}
         current = {key: (result.name, result.error or "") for key, result in bad.items()}
-        current |= {f"* {text.split(':')[0]}": ("", text) for text in self.notes}
-        self._log_ends(current.keys(), {"*", *(result.name for result in results)}, cache, now)
+        current |= {f" {text.split(':')[0]}": ("", text) for text in self.notes}
+        self._log_ends(current, {"", *(result.name for result in results)}, cache, now)
         known = dict(cache.troubles)
-        due = {key for key in current if key not in known or abs(now - known[key][1]) >= _HOUR}
+        due = {key for key in current if key not in known or abs(now - known[key].logged) >= _HOUR}
         due -= {key for key, result in bad.items() if result.outcome == "rolled-back"}  # logged when it happened
         for line in _lines(current[key] for key in current if key in due):
             self.log(line)
@@ -120,20 +120,21 @@ class Report:
         watched = self._terminal or self._verbose > 0
         for line in _lines(current[key] for key in current if watched or key not in known):
             echo(f"bin-proxy: {line}", err=True)
-        for key, (_, text) in current.items():
-            since, at, _ = known.get(key, (now, now, ""))
-            cache.troubles[key] = (since, now if key in due else at, text)
+        for key, (name, text) in current.items():
+            told = known.get(key, Trouble(name, text, now, now))
+            cache.troubles[key] = told._replace(text=text, logged=now if key in due else told.logged)
 
-    def _log_ends(self, current: Collection[str], looked_at: set[str], cache: Cache, now: float) -> None:
-        troubled = {key.split(" ")[0] for key in current}
-        over = [key for key in cache.troubles if key not in current and key.split(" ")[0] in looked_at]
-        for key in over:
+    def _log_ends(self, current: Mapping[str, tuple[str, str]], looked_at: set[str], cache: Cache, now: float) -> None:
+        troubled = {name for name, _ in current.values()}
+        for key, told in list(cache.troubles.items()):
+            if key in current or told.name not in looked_at:
+                continue
             if key == _LOG_KEY and (self._fd is None or self._log_trouble):
                 continue  # where nothing was logged, nobody knows whether it is over
-            since, _, text = cache.troubles.pop(key)
-            name, minutes = key.split(" ")[0], max(0.0, now - since) / 60
-            if name not in troubled:
-                self.log(f"{name.replace('*', 'bin-proxy')}: over after {minutes:.0f} min: {text}")
+            del cache.troubles[key]
+            if told.name not in troubled:
+                minutes = max(0.0, now - told.since) / 60
+                self.log(f"{told.name or 'bin-proxy'}: over after {minutes:.0f} min: {told.text}")
 
 
 def _lines(troubles: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -172,7 +173,7 @@ def write_metrics(path: str, cache: Cache, names: list[str], paused: set[str]) -
     def each(*outcomes: str) -> dict[str, float]:
         return {f'{{binary="{name}"}}': float(cache.outcomes.get(name) in outcomes) for name in names}
 
-    at, code = cache.last_sync or (0.0, 0.0)
+    at, code = cache.last_sync or (0.0, 0)
     gauges: list[tuple[str, str, dict[str, float]]] = [
         ("last_sync_timestamp_seconds", "When the last sync ended.", {"": at}),
         ("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code}),

@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from bin_proxy.atomic import fsync_folder, make_folder, temporary_of, write_atomically
 from bin_proxy.errors import host_errors
@@ -142,27 +142,51 @@ class Record:
     reason: str = ""
 
 
+class Answer(NamedTuple):
+    """What bin-manager named for a version, and when (Unix time)."""
+
+    version: str
+    md5: str
+    at: float
+
+
+class Trouble(NamedTuple):
+    """What was told of a binary ("": of the host); Unix times of its beginning and of its last line in LOG_FILE."""
+
+    name: str
+    text: str
+    since: float
+    logged: float
+
+
+class LastSync(NamedTuple):
+    """When it ended (Unix time), and its exit code."""
+
+    at: float
+    code: int
+
+
 @dataclass
 class Cache:
-    """What a loss only makes slower. Unix times.
+    """What a loss only makes slower.
 
     Args:
         digests: by path: device, inode, size, mtime_ns, ctime_ns and the MD5.
-        answers: by binary: version asked for, MD5, when.
-        troubles: by "name kind md5": since when, when last logged, what was told.
+        answers: by binary.
+        troubles: by what makes one the same as the minute before: binary, kind, release.
         outcomes: by binary, of the last sync that looked at it.
-        last_sync: when it ended, its exit code.
+        last_sync: None before the first.
     """
 
     digests: dict[str, list[int | str]] = field(default_factory=dict)
-    answers: dict[str, tuple[str, str, float]] = field(default_factory=dict)
-    troubles: dict[str, tuple[float, float, str]] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    troubles: dict[str, Trouble] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
-    last_sync: tuple[float, float] | None = None
+    last_sync: LastSync | None = None
 
 
 def decode(kind: Any, value: Any) -> Any:
-    """Build a value of the type `kind`, dataclasses included, from what JSON gave.
+    """Build a value of the type `kind`, dataclasses and named tuples included, from what JSON gave.
 
     Raises:
         ValueError: it is of another shape.
@@ -174,10 +198,12 @@ def decode(kind: Any, value: Any) -> Any:
                 return decode(choice, value)
     elif origin is list and isinstance(value, list):
         return [decode(arguments[0], item) for item in value]
-    elif origin is tuple and isinstance(value, list) and len(value) == len(arguments):
-        return tuple(map(decode, arguments, value))
     elif origin is dict and isinstance(value, dict):
         return {key: decode(arguments[1], item) for key, item in value.items()}
+    elif isinstance(kind, type) and issubclass(kind, tuple) and isinstance(value, list):
+        hints = get_type_hints(kind)
+        if len(value) == len(hints):
+            return kind(*map(decode, hints.values(), value))
     elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         if value.keys() == hints.keys():
@@ -206,7 +232,7 @@ class State:
         self.memories: dict[str, Memory] = found.get("memories", {})
         if any(file == "state.json" for file, _ in self.unreadable):
             answers = self.cache.answers
-            self.memories = {name: Memory(lost=answers[name][1] if name in answers else "*") for name in known}
+            self.memories = {name: Memory(lost=answers[name].md5 if name in answers else "*") for name in known}
         self._saved = self._remembered()
         self.load_pauses()
         self.records: dict[str, Record | None] = {}

@@ -15,7 +15,7 @@ from bin_proxy.guard import is_locked
 from bin_proxy.manifest import Binary
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, inspect
-from bin_proxy.state import State
+from bin_proxy.state import Answer, LastSync, State
 from bin_proxy.supervisor import Process, Supervisor
 
 DEAD = ("FATAL", "UNKNOWN", "BACKOFF", "EXITED")
@@ -58,9 +58,7 @@ def restart_pending(pid: int, slot: Slot) -> bool | None:
         return None
 
 
-def survey(
-    settings: Settings, binaries: tuple[Binary, ...], *, offline: bool
-) -> tuple[list[View], tuple[float, float] | None]:
+def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -> tuple[list[View], LastSync | None]:
     """Look at everything, touch nothing.
 
     Args:
@@ -69,24 +67,23 @@ def survey(
         offline: compare with bin-manager's last known answer instead of asking.
 
     Returns:
-        what was found of each binary; and `last_sync` as the cache has it.
+        what was found of each binary; and the last sync.
 
     Raises:
         UsageError: bin-manager cannot be asked with these settings.
         HostError: STATE_DIR cannot be read.
     """
-    asked = {} if offline else _ask(settings, binaries)
+    asked = None if offline else _ask(settings, binaries)
     running = is_locked(settings.state_dir)
     state = State(settings.state_dir, ())
     running = running or is_locked(settings.state_dir)  # a sync that ended or began while its records were read
     supervisor = Supervisor(settings.supervisorctl, settings.restart_timeout, lambda line: None)
-    answers = state.cache.answers if offline else asked
-    views = [_view(binary, state, supervisor, answers.get(binary.name), running) for binary in binaries]
+    views = [_view(binary, state, supervisor, asked, running) for binary in binaries]
     return views, state.cache.last_sync
 
 
-def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> dict[str, Any]:
-    """By name, bin-manager's answer as the cache has it (but for its time), or what went wrong."""
+def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> dict[str, Answer | BinProxyError]:
+    """By name, what bin-manager answered, or what went wrong."""
     from bin_proxy.bin_manager import BinManager  # imports requests, which an offline status does without
     from bin_proxy.workers import Workers
 
@@ -95,11 +92,11 @@ def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> dict[str, Any]:
     workers = Workers(settings.jobs, lambda seconds: HostError(f"bin-manager did not answer within {seconds:g} s"))
     for binary in binaries:
 
-        def latest(job: object, binary: Binary = binary) -> list[Any]:
-            return [binary.version, api.latest(binary).md5, None]
+        def latest(job: object, binary: Binary = binary) -> Answer:
+            return Answer(binary.version, api.latest(binary).md5, time.time())
 
         workers.submit(binary.name, limit, latest)
-    found: dict[str, Any] = {}
+    found: dict[str, Answer | BinProxyError] = {}
     while workers.busy():
         found.update(workers.results(0.2))
     return found
@@ -121,20 +118,23 @@ def _service(binary: Binary, processes: list[Process], slot: Slot | None) -> tup
     return service, worst.words.partition("uptime ")[2] if worst else ""
 
 
-def _view(binary: Binary, state: State, supervisor: Supervisor, answer: Any, running: bool) -> View:
+def _view(
+    binary: Binary, state: State, supervisor: Supervisor, asked: dict[str, Answer | BinProxyError] | None, running: bool
+) -> View:
     name, memory = binary.name, state.memory(binary.name)
     errors: list[str] = []
     processes: list[Process] = []
-    slot, latest, answered = None, "", None
+    slot, latest, age = None, "", ""
     try:
         slot = inspect(binary.path, state.cache.digests.get(binary.path))
         processes = supervisor.of(binary)
     except HostError as error:
         errors.append(str(error))
+    answer = state.cache.answers.get(name) if asked is None else asked[name]
     if isinstance(answer, BinProxyError):
         errors.append(str(answer))
-    elif answer and answer[0] == binary.version:  # not of the time before the manifest named another version
-        _, latest, answered = answer
+    elif answer and answer.version == binary.version:  # not of the time before the manifest named another version
+        latest, age = answer.md5, f" ({_ago(answer.at)} ago)" if asked is None else ""
     installed = slot.md5 if slot else None
     service, uptime = _service(binary, processes, slot)
     pause, way_out = state.pause_of(name, time.time())
@@ -146,7 +146,7 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, answer: Any, run
     shown = next((name for name, applies in states.items() if applies), "outdated")
     by_operator = bool(shown == "held" and hold and hold.by == "operator")
     splay = shown == "outdated" and latest in memory.seen and not retry
-    troubles = [text for key, (_, _, text) in state.cache.troubles.items() if key.split(" ")[0] == name]
+    troubles = [trouble.text for trouble in state.cache.troubles.values() if trouble.name == name]
     told = troubles[0] if troubles and shown not in _WELL and not splay else None
     row = {
         "name": name,
@@ -166,7 +166,7 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, answer: Any, run
     }
     findings = _findings(row, errors, way_out, by_operator)
     well = (by_operator or splay or shown in _WELL) and all(fine for fine, _ in findings)
-    return View(row, _cells(row, uptime, answered, by_operator), findings, well)
+    return View(row, _cells(row, uptime, age, by_operator), findings, well)
 
 
 def _findings(row: dict[str, Any], errors: list[str], way_out: str, by_operator: bool) -> list[tuple[bool, str]]:
@@ -196,21 +196,21 @@ def _findings(row: dict[str, Any], errors: list[str], way_out: str, by_operator:
     return found
 
 
-def _cells(row: dict[str, Any], uptime: str, answered: float | None, by_operator: bool) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], uptime: str, age: str, by_operator: bool) -> tuple[str, ...]:
     service, words = row["service"], ["-"]
     if service:
         pending = "(restart pending)" if service["restartPending"] else ""
         words = [service["state"] or "?", str(service["pid"] or ""), uptime, pending]
-    latest = (row["latestMd5"] or "?")[:8] + (f" ({_ago(answered)} ago)" if answered else "")
+    latest = (row["latestMd5"] or "?")[:8] + age
     state = "held by operator" if by_operator else row["state"]
     updated = _plain(row["updatedAt"] or "-")[:16]
     cells = (row["name"], state, (row["installedMd5"] or "-")[:8], latest, " ".join(filter(None, words)), updated)
     return tuple(clean(cell) for cell in cells)
 
 
-def to_json(views: list[View], last_sync: tuple[float, float] | None) -> dict[str, Any]:
+def to_json(views: list[View], last_sync: LastSync | None) -> dict[str, Any]:
     """What `survey` found, as `status --json` prints it."""
-    last = {"at": rfc3339(last_sync[0]), "exitCode": int(last_sync[1])} if last_sync else None
+    last = {"at": rfc3339(last_sync.at), "exitCode": last_sync.code} if last_sync else None
     return {"binaries": [view.row for view in views], "lastSync": last}
 
 
@@ -234,13 +234,13 @@ def _paint(text: str, view: View) -> str:
     return click.style(text, fg=_COLOURS.get(view.row["state"], "red"), bold=True)
 
 
-def judge_last_sync(last_sync: tuple[float, float] | None) -> tuple[bool, str]:
+def judge_last_sync(last_sync: LastSync | None) -> tuple[bool, str]:
     """Whether the last sync is as recent as it should be, and when it was and how it ended."""
     if not last_sync:
         return False, "none yet: does cron run bin-proxy sync?"
     at, code = last_sync
     recent = -60 < time.time() - at < _QUIET_FOR
-    text = f"{_ago(at)} ago ({_plain(str(rfc3339(at)))}), exit {code:.0f}"
+    text = f"{_ago(at)} ago ({_plain(str(rfc3339(at)))}), exit {code}"
     return recent, text if recent else f"{text}: does cron run it?"
 
 

@@ -21,7 +21,7 @@ from bin_proxy.report import Report, echo, write_metrics
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Slot, discard, inspect, part_path, remember
 from bin_proxy.staging import Part, Space, stage
-from bin_proxy.state import Memory, State
+from bin_proxy.state import Answer, LastSync, Memory, State
 from bin_proxy.updater import Updater
 from bin_proxy.workers import Job, Workers
 
@@ -160,7 +160,7 @@ class Sync:
         assert slot
         task.release = release
         memory = self.state.memory(binary.name)
-        cache.answers[binary.name] = (binary.version, release.md5, now)
+        cache.answers[binary.name] = Answer(binary.version, release.md5, now)
         if found := remember(slot):
             cache.digests[binary.path] = found
         if memory.unwell and not self._options.dry_run:
@@ -284,7 +284,7 @@ class Sync:
             the exit code.
         """
         now, cache = time.time(), self.state.cache
-        cache.last_sync = (now, float(exit_code(results, self._report.notes)))
+        cache.last_sync = LastSync(now, exit_code(results, self._report.notes))
         with self._report.noting():
             if self._settings.metrics_file:
                 pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}

@@ -26,7 +26,7 @@ from bin_proxy.config_file import parse_config
 from bin_proxy.errors import BinManagerError, BinProxyError, HostError, UsageError
 from bin_proxy.manifest import load_manifest, record_md5s
 from bin_proxy.settings import load_settings
-from bin_proxy.state import Pause, Record, Retry, State, Unwell
+from bin_proxy.state import Answer, LastSync, Pause, Record, Retry, State, Trouble, Unwell
 from bin_proxy.supervisor import parse_status
 
 MD5 = "0123456789abcdef" * 2
@@ -48,10 +48,10 @@ def state_files() -> dict[str, bytes]:
         state.pauses["*"] = Pause("maintenance", 1.0, 2.0)
         state.save_pauses()
         state.cache.digests["/usr/local/bin/manager"] = [1, 2, 3, 4, 5, MD5]
-        state.cache.answers["manager"] = ("latest", MD5, 1.0)
-        state.cache.troubles["manager host "] = (1.0, 2.0, "text")
+        state.cache.answers["manager"] = Answer("latest", MD5, 1.0)
+        state.cache.troubles["manager host "] = Trouble("manager", "text", 1.0, 2.0)
         state.cache.outcomes["manager"] = "current"
-        state.cache.last_sync = (1.0, 0.0)
+        state.cache.last_sync = LastSync(1.0, 0)
         state.save_cache(durable=False)
         processes = {"manager": 7}
         state.write_record(Record("manager", "/bin/manager", None, MD5, 1, processes, True, False, "sync", 1.0))

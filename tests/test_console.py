@@ -556,7 +556,7 @@ def test_doctor() -> None:
         host.server.start()
 
         cache = json.loads((host.state / "cache.json").read_text())
-        (host.state / "cache.json").write_text(json.dumps({**cache, "last_sync": [time.time() - 7200, 0.0]}))
+        (host.state / "cache.json").write_text(json.dumps({**cache, "last_sync": [time.time() - 7200, 0]}))
         [line] = findings(host)
         assert "last sync" in line and "cron" in line
         (host.state / "cache.json").write_text(json.dumps(cache))

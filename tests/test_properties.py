@@ -123,7 +123,7 @@ def test_a_state_file_of_another_shape_is_unreadable(file: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"last_sync": [1.0]}, {"troubles": {"a host x": ["t"]}}, {"answers": {"a": ["latest", "x"]}}]
+    "wrong", [{"last_sync": [1.0]}, {"troubles": {"a host x": ["a", "t"]}}, {"answers": {"a": ["latest", "x"]}}]
 )
 def test_a_cache_with_too_few_values_is_unreadable(wrong: dict[str, Any], tmp_path: Path) -> None:
     """Whoever unpacks them would stumble."""
