@@ -14,6 +14,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -185,6 +186,9 @@ class Cache:
     last_sync: LastSync | None = None
 
 
+_hints = cache(get_type_hints)  # they are parsed anew at each call, and a thousand binaries have as many
+
+
 def decode(kind: Any, value: Any) -> Any:
     """Build a value of the type `kind`, dataclasses and named tuples included, from what JSON gave.
 
@@ -201,11 +205,11 @@ def decode(kind: Any, value: Any) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {key: decode(arguments[1], item) for key, item in value.items()}
     elif isinstance(kind, type) and issubclass(kind, tuple) and isinstance(value, list):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if len(value) == len(hints):
             return kind(*map(decode, hints.values(), value))
     elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if value.keys() == hints.keys():
             return kind(**{key: decode(hint, value[key]) for key, hint in hints.items()})
     elif kind is float and type(value) in (int, float):
