@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinManagerError, Unreachable, UsageError
+from bin_proxy.errors import BinManagerError, CorruptDownload, Unreachable, UsageError
 from bin_proxy.manifest import Binary, parse_json
 from bin_proxy.settings import Settings
 
@@ -120,8 +120,7 @@ class BinManager:
         self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=settings.jobs)
         self._home: tuple[str, str | None, int | None] | None = None  # as sent: a host is written in several ways
         self._proxies = get_environ_proxies(self._api)  # once, not for each request
-        self._answered = False
-        self._silences = count(1)
+        self._answered, self._silences, self._patience = False, count(1), settings.http_timeout
         self._down: BinManagerError | None = None
 
     def latest(self, binary: Binary) -> Release:
@@ -135,7 +134,9 @@ class BinManager:
 
         def ask() -> Release:
             with self._get(f"releases/{binary.version}/{binary.name}/md5", {}) as response:
-                return _parse_release(response.status_code, self._read(response, deadline))
+                if response.status_code != 200:
+                    raise self._refusal(response, deadline)
+                return _parse_release(self._read(response, deadline))
 
         return self._retrying(ask, deadline)
 
@@ -161,7 +162,7 @@ class BinManager:
                     text = "bin-manager does not send the rest of a download that was asked for"
                     raise _Failed(BinManagerError(text))
                 if status not in (200, 206):
-                    raise _failure(status, self._read(response, deadline))
+                    raise self._refusal(response, deadline)
                 total = _expected(response, start, release)
                 if status == 200 and start:
                     part.restart()
@@ -215,9 +216,10 @@ class BinManager:
         if isinstance(error, requests.exceptions.SSLError):
             text, again = f"TLS with {where} failed: {_cause(error)}", "CERTIFICATE_VERIFY_FAILED" not in str(error)
         elif isinstance(error, (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)):
-            text, again = f"bin-manager at {self._where} said nothing for {self._settings.http_timeout:g} s", False
-            # A server that answers nobody would cost every binary a timeout: after a few it counts as down.
-            common = next(self._silences) >= self._settings.jobs and not self._answered
+            text, again, common = f"bin-manager at {self._where} does not answer in time", False, False
+            # A server that answers nobody would cost every binary a timeout, so after a few the others get less.
+            if next(self._silences) >= self._settings.jobs and not self._answered:
+                self._patience = self._settings.http_timeout / 5
         elif isinstance(error, ValueError):  # a hostile Location, among others
             return _Failed(BinManagerError(f"bin-manager's answer cannot be followed: {_cause(error)}"), again=False)
         else:
@@ -229,7 +231,7 @@ class BinManager:
 
     def _get(self, path: str, headers: dict[str, str]) -> requests.Response:
         """GET `path`, redirects followed; the credentials go to the API's own origin alone."""
-        url, timeout, safe = f"{self._api}/{path}", self._settings.http_timeout, {"http", "https"}
+        url, safe = f"{self._api}/{path}", {"http", "https"}
         always = {"User-Agent": f"bin-proxy/{__version__}", "Accept-Encoding": "identity"}
         for _ in range(_REDIRECTS + 1):
             # Judged as it will be sent: two parsers that read one address differently would send the token astray.
@@ -243,13 +245,13 @@ class BinManager:
             if self._authorization and origin == self._home:
                 request.headers["Authorization"] = self._authorization
             how = (
-                timeout,
+                self._patience,
                 self._verify,
                 self._cert,
                 self._proxies if origin == self._home else get_environ_proxies(url),
             )
             response = self._adapter.send(request, True, *how)
-            self._answered = True
+            self._answered, self._patience = True, self._settings.http_timeout
             if not response.is_redirect:
                 break
             response.close()
@@ -259,9 +261,16 @@ class BinManager:
         self._tell(f"GET {path}: HTTP {response.status_code}")
         if response.status_code == 429 or response.status_code >= 500:
             with response:
-                error = _failure(response.status_code, self._read(response, time.monotonic() + timeout))
+                error = self._refusal(response, time.monotonic() + self._settings.http_timeout)
                 raise _Failed(error, after=_retry_after(response))
         return response
+
+    def _refusal(self, response: requests.Response, deadline: float) -> BinManagerError:
+        """What an answer that is no success says, as far as it comes: its status alone is worth telling."""
+        body = b""
+        with suppress(BinManagerError, OSError, urllib3.exceptions.HTTPError):
+            body = self._read(response, deadline)
+        return _failure(response.status_code, body)
 
     def _chunks(self, response: requests.Response, deadline: float) -> Iterator[bytes]:
         # read1 hands out what has arrived, so that a slow link loses nothing when it drops (urllib3 before 2: read).
@@ -301,26 +310,26 @@ def _retry_after(response: requests.Response) -> float:
 def _failure(status: int, body: bytes) -> BinManagerError:
     """An answer that is no success, with the code and message that came."""
     told = ""
-    with suppress(ValueError, TypeError, KeyError, AttributeError):
+    with suppress(ValueError, AttributeError):
         answer = parse_json(body.decode())
-        told = f" (code {str(answer['code'])[:40]}: {str(answer.get('message', ''))[:200]})"
+        words = [f"code {str(answer['code'])[:40]}"] if answer.get("code") is not None else []
+        words += [str(answer["message"])[:200]] if answer.get("message") else []
+        told = f" ({': '.join(words)})" if words else ""
     return BinManagerError(f"bin-manager answered HTTP {status}{told}")
 
 
-def _parse_release(status: int, body: bytes) -> Release:
+def _parse_release(body: bytes) -> Release:
     """Read the answer to the question for the MD5.
 
     Raises:
         BinManagerError: it is anything but a release.
     """
-    if status != 200:
-        raise _failure(status, body)
     try:
         answer = parse_json(body.decode())
     except ValueError as error:
         raise BinManagerError(f"bin-manager answered HTTP 200 with something that is not JSON: {error}") from None
     if not isinstance(answer, dict) or type(answer.get("code")) is not int or answer["code"] not in (0, 200):
-        raise _failure(status, body)
+        raise _failure(200, body)
     data = answer.get("data")
     if not isinstance(data, dict):
         raise BinManagerError("bin-manager answered HTTP 200 without data")
@@ -347,5 +356,5 @@ def _expected(response: requests.Response, start: int, release: Release) -> int 
     elif length:
         total = int(length[0]) + (start if partial else 0)
     if release.size not in (None, total):
-        raise BinManagerError(f"bin-manager announced {release.size} bytes and sends {total}")
+        raise CorruptDownload(f"bin-manager announced {release.size} bytes and sends {total}")
     return total

@@ -222,6 +222,16 @@ def test_a_corrupt_release_waits_under_a_growing_pause_and_another_does_not(plai
     converges(plain, good("v4"), waiting=1)
 
 
+def test_a_release_of_another_size_than_announced_waits_under_a_growing_pause(plain: Host) -> None:
+    """Whether Content-Length gives it away or the bytes do."""
+    data = {"md5": md5(good("v2")), "size": 5}
+    plain.server.always[MD5_PATH] = answering(200, {"code": 0, "message": "success", "data": data})
+    assert "bytes" in bad_run(plain)
+    asked = len(requests_for(plain, DOWNLOAD_PATH))
+    assert plain.outcomes() == {"manager": "waiting"}
+    assert len(requests_for(plain, DOWNLOAD_PATH)) == asked
+
+
 def test_a_corrupt_release_is_fetched_again_when_its_pause_is_over(plain: Host) -> None:
     """A minute after the first failure, longer after the second; --retry-held does not wait."""
     require("cc")
@@ -290,6 +300,51 @@ def test_the_message_of_an_http_error_is_told(plain: Host) -> None:
     plain.server.always[MD5_PATH] = answering(404, {"code": 7, "message": "manager was never built"})
     line = bad_run(plain)
     assert "404" in line and "7" in line and "manager was never built" in line
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"message": "manager was never built"}, "manager was never built"),
+        ({"code": 7}, "code 7"),
+        ({"code": None, "message": None}, "404"),
+    ],
+)
+def test_what_an_error_says_is_told_though_it_does_not_say_all(plain: Host, body: dict[str, Any], words: str) -> None:
+    """A message without a code, or a code without a message; what is null is not told as a word."""
+    plain.server.always[MD5_PATH] = answering(404, body)
+    line = bad_run(plain)
+    assert "404" in line and words in line and "None" not in line
+
+
+def refusing(status: int, kind: str) -> Behaviour:
+    """An error whose page does not come whole, or is larger than any answer may be."""
+
+    def answer(handler: Handler) -> bool:
+        handler.wfile.write(f"HTTP/1.1 {status} Oh\r\nContent-Length: 400000\r\n\r\n".encode())
+        if kind == "large":
+            faults.send_all(handler, b" " * 400_000)
+        elif kind == "drips":
+            faults.send_all(handler, b" ", 0.1)
+        elif kind == "hangs":
+            faults.wait_for_the_client_to_go(handler)
+        else:
+            hang_up(handler)
+        return False
+
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["large", "drips", "hangs", "cut"])
+@pytest.mark.parametrize("path", [MD5_PATH, DOWNLOAD_PATH])
+def test_the_status_of_an_error_counts_whatever_becomes_of_its_page(plain: Host, path: str, kind: str) -> None:
+    """A 404 is told as one and asked for once; one 503 is got over within the run."""
+    plain.server.always[path] = refusing(404, kind)
+    assert "404" in bad_run(plain)
+    assert len(requests_for(plain, path)) == 1
+    del plain.server.always[path]
+    plain.server.scripts[path] = [refusing(503, kind)]
+    converges(plain, good("v2"), HTTP_TIMEOUT="2")
 
 
 @pytest.mark.parametrize("path", [MD5_PATH, DOWNLOAD_PATH])
@@ -413,6 +468,20 @@ def test_a_bin_manager_that_answers_nobody_ends_a_run_over_many_binaries(host: H
     for name in names:
         host.server.publish(name, good("v1"))
     assert host.sync().returncode == 0
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_binaries_that_get_no_answer_keep_none_of_the_others_from_theirs(host: Host, jobs: str) -> None:
+    """However few are asked at once, and though those that hang are asked first."""
+    names = [f"tool{number}" for number in range(6)]
+    for name in names:
+        host.server.publish(name, good("v2"))
+    host.write_manifest(*(entry(name) for name in names))
+    for name in names[:3]:
+        host.server.always[host.server.md5_path(name)] = faults.hanging
+    done = host.sync(HTTP_TIMEOUT="2", JOBS=jobs)
+    assert done.returncode == 1 and f"{', '.join(names[:3])}: " in one_line(done)
+    assert {host.disk_md5(name) for name in names[3:]} == {md5(good("v2"))}
 
 
 def test_one_binary_that_hangs_keeps_none_of_the_others_from_their_update(host: Host) -> None:
