@@ -16,7 +16,7 @@ from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.plan import Result, short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
-from bin_proxy.slot import Backups, Slot, check_writable, identity, inspect, locate, part_path, swap
+from bin_proxy.slot import Backups, Slot, check_writable, identity, inspect, part_path, swap
 from bin_proxy.state import Record, State, Unwell
 from bin_proxy.supervisor import TRYING, Supervisor
 
@@ -65,18 +65,19 @@ class Updater:
 
         Args:
             binary: the manifest's entry.
-            slot: the file that was compared; if it has changed since, nothing is done.
+            slot: the file that was compared; if it is another release now, nothing is done.
             md5: the staged release.
             by: "sync" or "operator".
 
         Raises:
             HostError: nothing was changed.
         """
-        record = self._prepare_record(binary, slot, md5, by)
-        target, status = locate(binary.path)
-        before, now = (identity(found) if found else None for found in (slot.status, status))
-        if target != slot.target or before != now:
-            raise HostError(f"{slot.target} was changed by somebody else; the next run looks again")
+        service = self._look_at_service(binary)
+        before, slot = slot, inspect(binary.path, [*identity(slot.status), str(slot.md5)] if slot.status else None)
+        if (slot.target, slot.md5) != (before.target, before.md5):
+            raise HostError(f"{before.target} was changed by somebody else; the next run looks again")
+        target, inode = slot.target, slot.status.st_ino if slot.status else 0
+        record = Record(binary.name, target, slot.md5, md5, inode, *service, by, time.time())
         self._state.write_record(record)
         self._tell(f"{binary.name}: {short(slot.md5)} -> {short(md5)}")
         part, staged = part_path(target, binary.name, md5), None
@@ -99,7 +100,8 @@ class Updater:
             raise cause from error
         return self._settle(record, binary)
 
-    def _prepare_record(self, binary: Binary, slot: Slot, md5: str, by: str) -> Record:
+    def _look_at_service(self, binary: Binary) -> tuple[dict[str, int], bool, bool]:
+        """What a record says of the service before an update: `processes`, `healthy` and `probed`."""
         chosen = self._supervisor.of(binary, fresh=True)
         down = self._state.memory(binary.name).down
         running = [process for process in chosen if process.state != "STOPPED" or process.name in down]
@@ -107,9 +109,7 @@ class Updater:
         healthy = all(process.state == "RUNNING" for process in running)
         if healthy and probed and binary.health:
             healthy = probe(binary.health, min(_PROBE_BEFORE, binary.health_timeout)) is None
-        pids = {process.name: process.pid or 0 for process in running}
-        inode = slot.status.st_ino if slot.status else 0
-        return Record(binary.name, slot.target, slot.md5, md5, inode, pids, healthy, probed, by, time.time())
+        return {process.name: process.pid or 0 for process in running}, healthy, probed
 
     def _settle(self, record: Record, binary: Binary) -> Result:
         try:

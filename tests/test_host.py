@@ -537,6 +537,23 @@ def test_releases_side_by_side_share_what_is_free(host: Host, length: str) -> No
         assert host.strays() == []
 
 
+def test_two_binaries_that_are_links_of_one_file_are_both_updated(host: Host) -> None:
+    """To replace one changes the other's link count and its times, not what it is."""
+    host.install("one", good("v1"))
+    os.link(host.bin / "one", host.bin / "two")
+    host.write_manifest(*({"name": name, "service": False, "currentMd5": ""} for name in ("one", "two")))
+    for name in ("one", "two"):
+        host.server.publish(name, good(f"{name} v2"))
+    done = host.sync()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {name: host.disk_md5(name) for name in ("one", "two")} == {
+        name: md5(good(f"{name} v2")) for name in ("one", "two")
+    }
+    for name in ("one", "two"):
+        assert (host.state / "backups" / name / md5(good("v1"))).stat().st_nlink == 1
+    assert host.strays() == []
+
+
 # other filesystems
 
 
