@@ -60,7 +60,6 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
         yield False, "bin-manager", "asked over plain http, so anyone on the way may alter a release: use https"
     if not settings.supervisorctl:
         yield True, "supervisor", "no supervisorctl on this host: install it where a service is to be restarted"
-    yield from _state(settings.state_dir, {binary.name for binary in binaries})
     try:
         views, _ = survey(settings, binaries, offline=False)
     except UsageError as error:
@@ -73,6 +72,7 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
         if service and service["state"] and service["state"] not in DEAD:
             yield True, "service", f"{service['name']} is {service['state']}"
         yield from ((well, row["name"], text) for well, text in view.findings)
+    yield from _state(settings.state_dir, {binary.name for binary in binaries})
 
 
 def _state(folder: str, binaries: set[str]) -> Iterator[tuple[bool, str, str]]:

@@ -167,7 +167,8 @@ def _arguments(value: Any) -> tuple[str, ...] | None:
 
 
 def _health(check: Any) -> HealthCheck | None:
-    [(kind, target)] = check.items() if isinstance(check, dict) and len(check) == 1 else [("", "")]
+    known = [pair for pair in check.items() if pair[0] in ("tcp", "http", "command")] if isinstance(check, dict) else []
+    [(kind, target)] = known if len(known) == 1 else [("", "")]
     if kind == "command":
         words = _arguments(target)
         return HealthCheck(kind, words) if words else None

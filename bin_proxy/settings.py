@@ -56,7 +56,7 @@ def number(least: float, most: float, kind: type[int] | type[float] = float) -> 
             if least <= (found := kind(value)) <= most:
                 return found
         what = "a whole number" if kind is int else "a number of seconds"
-        raise ValueError(f"must be {what} from {least:g} to {most:g}, not {value[:40]!r}")
+        raise ValueError(f"must be {what} from {least:g} to {most:.9g}, not {value[:40]!r}")
 
     return parse
 
@@ -157,7 +157,7 @@ def _read(what: str, path: str, faults: list[str], *, needed: bool = True) -> st
             faults += doubts
             return None
         with open(path, "rb") as file:
-            return file.read(1 << 20).decode()
+            return file.read(1 << 20).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         if needed or not isinstance(error, FileNotFoundError):
             faults.append(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}")

@@ -553,7 +553,10 @@ def test_doctor() -> None:
         host.server.stop()
         [line] = findings(host)
         assert "bin-manager" in line and str(host.server.port) in line
+        assert host.sync().returncode == 1
+        assert findings(host) == [line], "the same, though the last sync met it, too"
         host.server.start()
+        assert host.sync().returncode == 0
 
         cache = json.loads((host.state / "cache.json").read_text())
         (host.state / "cache.json").write_text(json.dumps({**cache, "last_sync": [time.time() - 7200, 0]}))

@@ -81,6 +81,7 @@ GOOD: list[tuple[str, Any, str, Any]] = [
     ("healthCheck", {"tcp": "localhost:65535"}, "health", "localhost:65535"),
     ("healthCheck", {"http": "http://127.0.0.1:8080/health"}, "health", "http://127.0.0.1:8080/health"),
     ("healthCheck", {"http": "https://h/x?y=z"}, "health", "https://h/x?y=z"),
+    ("healthCheck", {"_comment": "ask ops", "tcp": "h:80"}, "health", "h:80"),
     ("minHealthySeconds", 0, "min_healthy", 0.0),
     ("minHealthySeconds", 2.5, "min_healthy", 2.5),
     ("healthTimeout", 120, "health_timeout", 120.0),

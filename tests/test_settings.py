@@ -113,6 +113,11 @@ def test_an_option_wins_over_the_environment_that_over_the_file_that_over_the_de
     assert getattr(load(tmp_path, f"{name}=\n"), field) == getattr(load(tmp_path), field)
 
 
+def test_a_byte_order_mark_hides_no_setting(tmp_path: Path) -> None:
+    """An editor on Windows puts it before the first line, whose name is then not what it seems."""
+    assert load(tmp_path, "\ufeffJOBS=3\n").jobs == 3
+
+
 def test_the_last_line_of_a_name_counts(tmp_path: Path) -> None:
     """As in a file that a shell sources."""
     assert load(tmp_path, "JOBS=2\nJOBS=$x\nJOBS=3\n").jobs == 3
