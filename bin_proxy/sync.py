@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +92,8 @@ class Sync:
             self._recover()
         for task in self._tasks:
             self._begin(task)
+        for task in self._tasks:
+            self._mend(task.binary)
         while self._workers.busy() or self._ready:
             for (step, task), outcome in self._workers.results(0 if self._ready else 0.25):
                 self._take(step, task, outcome)
@@ -142,6 +145,13 @@ class Sync:
         elif not self._is_paused(name):
             self._workers.submit((self._consider, task), math.inf, lambda job: self._look(job, task))
 
+    def _mend(self, binary: Binary) -> None:
+        """A service that is down for the host's fault is tried again whatever bin-manager answers meanwhile."""
+        begun = binary.name not in self.results and not self._options.dry_run
+        if begun and self.state.memory(binary.name).unwell:
+            with self._signals.held(), suppress(HostError):  # it stays unwell, which is told
+                self._updater.mend(binary, time.time(), at_once=self._options.retry_held)
+
     def _is_paused(self, name: str) -> bool:
         pause, way_out = self.state.pause_of(name, time.time())
         if pause:
@@ -163,20 +173,19 @@ class Sync:
         cache.answers[binary.name] = Answer(binary.version, release.md5, now)
         if found := remember(slot):
             cache.digests[binary.path] = found
-        if memory.unwell and not self._options.dry_run:
-            with self._signals.held():
-                self._updater.mend(binary, now, at_once=self._options.retry_held)
         if memory.lost:  # only what was offered first may have been offered, and held, before
             memory.lost = "" if slot.md5 == release.md5 else memory.lost.replace("*", release.md5)
         longest = self._options.splay
         delay = plan.splay_delay(_host(), longest) if longest else 0.0
+        new = bool(longest) and not self._options.dry_run and release.md5 not in memory.seen
         if slot.md5 == release.md5:
             memory.seen = {}
-        elif longest and not self._options.dry_run and release.md5 not in memory.seen:
+        elif new:
             memory.seen = {release.md5: now}
-            self._report.log(f"{binary.name}: {short(release.md5)} is due in {delay:.0f} s (splay)")
         retry, splay = self._options.retry_held, (delay, longest)
         decision = plan.decide(release.md5, slot.md5, memory, now, retry_held=retry, splay=splay)
+        if new and decision.outcome == "waiting" and decision.well:
+            self._report.log(f"{binary.name}: {short(release.md5)} is due in {delay:.0f} s (splay)")
         update = decision.outcome == "update"
         path = part_path(slot.target, binary.name, release.md5)
         if not self._options.dry_run:
@@ -186,7 +195,7 @@ class Sync:
             if not self._options.dry_run:
                 return self._stage(task, slot, release, memory, path)
         if memory.unwell and decision.outcome == "current":
-            decision = replace(decision, well=False, kind="restart", why=memory.unwell.reason)
+            decision = replace(decision, outcome="failed", well=False, kind="restart", why=memory.unwell.reason)
         until = f"; until {time.strftime('%H:%M:%S', time.localtime(decision.until))}" if decision.until else ""
         why = decision.why + until
         words = f"release {short(release.md5)} {decision.outcome}: {why}; {plan.way_out(binary.name)}"
@@ -248,7 +257,9 @@ class Sync:
             result = recovered
         self.results[result.name] = result
         by_operator = result.outcome == "held" and result.well
-        self.state.cache.outcomes[result.name] = "held by operator" if by_operator else result.outcome
+        in_vain = result.outcome == "waiting" and not result.well
+        outcome = "held by operator" if by_operator else "failed" if in_vain else result.outcome
+        self.state.cache.outcomes[result.name] = outcome
         if self._options.dry_run:
             return
         if result.outcome == "updated" and result.well:
@@ -273,6 +284,9 @@ class Sync:
         for kept, wanted in ((cache.answers, self._binaries), (cache.outcomes, self._binaries), (cache.digests, paths)):
             for key in kept.keys() - wanted:
                 del kept[key]
+        gone = [key for key, trouble in cache.troubles.items() if trouble.name and trouble.name not in self._binaries]
+        for key in gone:
+            del cache.troubles[key]
 
     def finish(self, results: list[Result]) -> int:
         """Tell what is new, and keep what the next run compares with.

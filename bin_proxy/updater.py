@@ -131,15 +131,16 @@ class Updater:
         memory, now = self._state.memory(record.name), time.time()
         memory.release(record.new)
         memory.unwell, memory.lost, memory.updated_at = None, "", now
-        memory.down, memory.parts, memory.seen = [], [], {}
+        memory.down, memory.seen = [], {}
+        memory.parts = list(filter(os.path.lexists, memory.parts))
         if record.old and record.old != record.new:
             plan.leave(memory, record.old, now)
             if record.by == "operator":
                 memory.hold(record.old, "an operator went back from it with rollback", now, "operator")
         seconds = now - record.since
-        before, after = (",".join(map(str, some.values())) or "-" for some in (record.processes, pids))
         how = "rolled back by hand" if record.by == "operator" else "updated"
-        self._log(f"{record.name}: {how} {record.old or '-'} -> {record.new}, pid {before} -> {after}, {seconds:.1f} s")
+        what = f"{how} {record.old or '-'} -> {record.new}, pid {_pids(record.processes)} -> {_pids(pids)}"
+        self._log(f"{record.name}: {what}, {seconds:.1f} s")
         return self._close(record, record.new, Result(record.name, "updated", True, record.old, record.new, seconds))
 
     def _close(self, record: Record, installed: str | None, result: Result) -> Result:
@@ -174,11 +175,11 @@ class Updater:
         try:
             self._restore(record)
             so_far = "the previous release is restored, but its service is not"
-            came_back, words = self._resume(record, binary)
+            came_back, words, pids = self._resume(record, binary)
         except (OSError, HostError) as error:
             words = f"{record.reason}; {so_far}: {error}; the next run goes on with it"
             return Result(record.name, "failed", False, record.old, record.new, error=words, kind="roll-back")
-        return self._conclude(record, came_back, words)
+        return self._conclude(record, came_back, words, pids)
 
     def _restore(self, record: Record) -> None:
         if record.old is not None and inspect(record.target).md5 != record.old:
@@ -190,29 +191,29 @@ class Updater:
                 os.unlink(record.target)
         fsync_folder(os.path.dirname(record.target))  # a run that was killed may not have come to it
 
-    def _resume(self, record: Record, binary: Binary) -> tuple[bool | None, str]:
+    def _resume(self, record: Record, binary: Binary) -> tuple[bool | None, str, dict[str, int]]:
         """Give the previous release its service back.
 
         Returns:
-            whether it came up healthy (None where that is not waited for), and what is to be said of it.
+            whether it came up healthy (None where that is not waited for), what is to be said of it, the pids if so.
         """
         if record.old is None:
             found = self._supervisor.processes() if record.processes else {}
             if trying := [name for name in record.processes if name in found and found[name].state in TRYING]:
                 self._supervisor.stop(trying)
-            return None, "the file is removed again"
+            return None, "the file is removed again", {}
         if not record.healthy:
             if record.processes:
                 with suppress(Stuck):
                     self._supervisor.restart(record.processes)
-            return None, f"{short(record.old)} is back; its service was not well before either"
+            return None, f"{short(record.old)} is back; its service was not well before either", {}
         try:
-            self._bring_up(binary, dict.fromkeys(record.processes, 0), probed=record.probed)
+            pids = self._bring_up(binary, dict.fromkeys(record.processes, 0), probed=record.probed)
         except (ReleaseError, Stuck) as error:
-            return False, f"{short(record.old)} is back, but does not come up either ({error}): look at the host"
-        return True, f"{short(record.old)} is back" + (" and runs" if record.processes else "")
+            return False, f"{short(record.old)} is back, but does not come up either ({error}): look at the host", {}
+        return True, f"{short(record.old)} is back" + (" and runs" if record.processes else ""), pids
 
-    def _conclude(self, record: Record, came_back: bool | None, words: str) -> Result:
+    def _conclude(self, record: Record, came_back: bool | None, words: str, pids: dict[str, int]) -> Result:
         memory, now = self._state.memory(record.name), time.time()
         strikes = memory.strikes.get(record.new, 0)
         had = {"had_previous": record.old is not None, "healthy_before": record.healthy}
@@ -221,7 +222,9 @@ class Updater:
         tries, kind = "", "host"
         if verdict == "hold":
             memory.hold(record.new, record.reason, now, "failure")
-            tries, kind = f"; held: {plan.way_out(record.name)}", "release"
+            again = f"bin-proxy rollback {record.name} --to {short(record.new)} tries it again"
+            tries = f"; held: {again if record.by == 'operator' else plan.way_out(record.name)}"
+            kind = "release"
         elif verdict == "strike":
             memory.strikes[record.new] = strikes + 1
         if came_back is False:
@@ -231,12 +234,11 @@ class Updater:
             memory.down = list(record.processes)
         elif came_back:
             memory.down = []
-        memory.parts, memory.seen = [], {}
+        memory.parts, memory.seen = list(filter(os.path.lexists, memory.parts)), {}
         failed = f"release {short(record.new)} failed: " if record.new != record.old else ""
         seconds = now - record.since
-        self._log(
-            f"{record.name}: rolled back {record.new} -> {record.old or '-'}, {seconds:.1f} s: {record.reason}; {words}"
-        )
+        what = f"rolled back {record.new} -> {record.old or '-'}, pid {_pids(record.processes)} -> {_pids(pids)}"
+        self._log(f"{record.name}: {what}, {seconds:.1f} s: {record.reason}; {words}")
         error = f"{failed}{record.reason}; {words}{tries}"
         result = Result(record.name, "rolled-back", False, record.old, record.new, seconds, error, kind)
         return self._close(record, record.old, result)
@@ -317,12 +319,16 @@ class Updater:
         if not runs and not at_once and not plan.is_due(memory.unwell.until, now):
             return
         try:
-            self._bring_up(binary, before, probed=True, restart=not runs)
+            pids = self._bring_up(binary, before, probed=True, restart=not runs)
         except (ReleaseError, Stuck) as error:
             count = memory.unwell.count + 1
             until = time.time() + plan.growing_pause(count)
             memory.unwell = replace(memory.unwell, count=count, until=until, reason=str(error))
         else:
-            self._log(f"{binary.name}: runs again after {memory.unwell.count} failed restarts")
+            self._log(f"{binary.name}: runs again, pid {_pids(pids)}, after {memory.unwell.count} failed restarts")
             memory.unwell, memory.down = None, []
         self._state.save()
+
+
+def _pids(processes: dict[str, int]) -> str:
+    return ",".join(map(str, processes.values())) or "-"

@@ -121,6 +121,7 @@ ANSWERS: dict[str, Behaviour] = {
     "403": answering(403, HTML),
     "500": answering(500, HTML),
     "204": answering(204, b""),
+    "203": answering(203, {"code": 0, "message": "success", "data": {"md5": md5(good("v2"))}}),
     "gzip": answering(200, zlib.compress(b" " * MIB, wbits=31), {"Content-Encoding": "gzip"}),
 }
 
@@ -722,6 +723,17 @@ def test_a_part_of_a_release_that_is_no_more_is_removed(plain: Host) -> None:
     plain.server.publish("manager", new)
     converges(plain, new)
     assert requests_for(plain, DOWNLOAD_PATH)[-1].get("Range") is None
+
+
+def test_a_part_of_a_release_that_was_overtaken_by_hand_is_removed(plain: Host) -> None:
+    """An operator goes back while a download is unfinished, and bin-manager moves on: the part is nobody's."""
+    assert plain.sync().returncode == 0
+    leave_a_part(plain, large("v3", 3))
+    plain.server.always.clear()
+    assert plain.run("rollback", "manager").returncode == 0
+    plain.server.publish("manager", good("v4"))
+    assert plain.sync().returncode == 0
+    assert plain.strays() == [] and plain.disk_md5("manager") == md5(good("v4"))
 
 
 def test_a_part_of_a_binary_that_has_left_the_manifest_is_removed(plain: Host) -> None:

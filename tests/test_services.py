@@ -610,6 +610,22 @@ def test_once_the_host_is_mended_the_previous_release_is_started_after_a_pause_a
     assert run_later(host, 65 + 250, "sync").returncode == 0
 
 
+def test_the_previous_release_is_started_again_though_bin_manager_is_down(host: Host) -> None:
+    """A service that is down does not wait for an answer about its release."""
+    release = needing(host)
+    deploy(host, release("v1"), startretries="0")
+    wrapper = Wrapper(host)
+    wrapper.before("restart", f"rm -f {host.root / 'needed'}")
+    host.server.publish("manager", release("v2"))
+    assert host.sync().returncode == 1
+    wrapper.hook.unlink()
+    (host.root / "needed").touch()
+    host.server.stop()
+    assert run_later(host, 65, "sync").returncode == 1
+    assert host.pid("manager") and host.disk_md5("manager") == md5(release("v1"))
+    assert re.search(r"manager: runs again, pid \d+, after 1 failed", host.log())
+
+
 def test_while_the_previous_release_does_not_run_another_release_is_tried_at_once(host: Host) -> None:
     """The way forward is never blocked: another MD5 may be the repair."""
     release = needing(host)
