@@ -15,14 +15,19 @@ from bin_proxy.atomic import make_folder, write_atomically
 from bin_proxy.errors import Busy, Interrupted, UsageError, host_error
 from bin_proxy.settings import untrusted
 
+_ENDING = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM),
+)
+
 
 class Signals:
-    """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, at once or at the end of what must not be cut."""
+    """Turns a signal that would end the run into `Interrupted`, at once or at the end of what must not be cut."""
 
     def __init__(self) -> None:
         self._held = False
         self._came: int | None = None
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in _ENDING:
             if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup(1) wants SIGHUP ignored
                 signal.signal(signum, self._on_signal)
 

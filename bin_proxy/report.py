@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Report:
         self._fd: int | None = None
         self._bar: Any = None
         self._seen: dict[str, Part] = {}
-        self._log_trouble = ""
+        self.log_trouble = ""
         self.notes: list[str] = []
 
     @contextmanager
@@ -61,14 +61,14 @@ class Report:
             self.notes.append(str(error))
 
     def log(self, line: str) -> None:
-        """Append a line to LOG_FILE; where that fails, `troubles` tells it and the work goes on."""
+        """Append a line to LOG_FILE; where that fails, `log_trouble` says why and the work goes on."""
         try:
             if self._fd is None:
                 self._fd = _open_log(self._path)
             stamp = time.strftime("[%Y-%m-%d %H:%M:%S]")
             os.write(self._fd, f"{stamp} {clean(line)}\n".encode(errors="backslashreplace"))
         except OSError as error:
-            self._log_trouble = f"cannot write LOG_FILE {self._path}: {error.strerror}"
+            self.log_trouble = f"cannot write LOG_FILE {self._path}: {error.strerror}"
 
     def tell(self, line: str) -> None:
         """Say what is going on to a person who watches."""
@@ -109,14 +109,16 @@ class Report:
         bad = {f"{result.name} {result.kind} {result.to_md5 or ''}": result for result in results if not result.well}
         current = {key: (result.name, result.error or "") for key, result in bad.items()}
         current |= {f" {text.split(':')[0]}": ("", text) for text in self.notes}
-        self._log_ends(current, {"", *(result.name for result in results)}, cache, now)
+        # Of a binary that is paused, or for which bin-manager did not answer, nobody knows whether a trouble is over.
+        judged = {"", *(result.name for result in results if result.to_md5)}
+        self._log_ends(current, judged, cache, now)
         known = dict(cache.troubles)
         due = {key for key in current if key not in known or abs(now - known[key].logged) >= _HOUR}
         due -= {key for key, result in bad.items() if result.outcome == "rolled-back"}  # logged when it happened
         for line in _lines(current[key] for key in current if key in due):
             self.log(line)
-        if self._log_trouble:
-            current[_LOG_KEY] = ("", self._log_trouble)
+        if self.log_trouble:
+            current[_LOG_KEY] = ("", self.log_trouble)
         watched = self._terminal or self._verbose > 0
         for line in _lines(current[key] for key in current if watched or key not in known):
             echo(f"bin-proxy: {line}", err=True)
@@ -124,17 +126,15 @@ class Report:
             told = known.get(key, Trouble(name, text, now, now))
             cache.troubles[key] = told._replace(text=text, logged=now if key in due else told.logged)
 
-    def _log_ends(self, current: Mapping[str, tuple[str, str]], looked_at: set[str], cache: Cache, now: float) -> None:
-        troubled = {name for name, _ in current.values()}
+    def _log_ends(self, current: Collection[str], judged: set[str], cache: Cache, now: float) -> None:
         for key, told in list(cache.troubles.items()):
-            if key in current or told.name not in looked_at:
+            if key in current or told.name not in judged:
                 continue
-            if key == _LOG_KEY and (self._fd is None or self._log_trouble):
+            if key == _LOG_KEY and (self._fd is None or self.log_trouble):
                 continue  # where nothing was logged, nobody knows whether it is over
             del cache.troubles[key]
-            if told.name not in troubled:
-                minutes = max(0.0, now - told.since) / 60
-                self.log(f"{told.name or 'bin-proxy'}: over after {minutes:.0f} min: {told.text}")
+            minutes = max(0.0, now - told.since) / 60
+            self.log(f"{told.name or 'bin-proxy'}: over after {minutes:.0f} min: {told.text}")
 
 
 def _lines(troubles: Iterable[tuple[str, str]]) -> Iterator[str]:

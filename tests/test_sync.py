@@ -875,7 +875,7 @@ def test_a_lock_that_a_dead_run_left_is_no_lock(host: Host) -> None:
 # Signals
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
 def test_a_signal_during_a_download_ends_the_run_tidily(host: Host, signum: signal.Signals) -> None:
     """Exit 128+N at once; host and manifest as before, nothing left but the part file; the next run goes on."""
     offer(host, "tool")
@@ -1013,6 +1013,34 @@ def test_other_words_for_the_same_trouble_are_no_news(host: Host) -> None:
     assert len(host.sync().stderr.splitlines()) == 1
     assert host.sync().stderr == ""
     assert len(host.log().splitlines()) == 1
+
+
+@pytest.mark.parametrize("between", ["bin-manager is down", "a pause"])
+def test_what_comes_between_makes_no_news_of_an_old_trouble(host: Host, between: str) -> None:
+    """A release that is held stays so while nobody can ask, or wants to know; it is not told again, nor as over."""
+    host.write_manifest({**tool("tool"), "verifyCommand": ["/bin/false"]}, tool("fine"))
+    host.server.publish("tool", b"tool1")
+    host.server.publish("fine", b"fine1")
+    assert "held" in host.sync().stderr
+    if between == "a pause":
+        assert host.run("pause", "tool").returncode == 0
+        assert host.sync().stderr == ""
+        assert host.run("resume", "tool").returncode == 0
+    else:
+        host.server.stop()
+        assert len(host.sync().stderr.splitlines()) == 1
+        host.server.start()
+    done = host.sync()
+    assert (done.returncode, done.stderr) == (1, "")
+    ends = [line for line in host.log().splitlines() if "over after" in line]
+    if between == "a pause":
+        assert ends == []
+    else:
+        assert len(ends) == 2 and all("cannot be reached" in line for line in ends), "of each that it struck"
+    host.server.publish("tool", b"tool2")
+    host.write_manifest(tool("tool"), tool("fine"))
+    assert host.sync().returncode == 0
+    assert re.search("tool: over after .*held", host.log().splitlines()[-1])
 
 
 def test_another_trouble_of_the_same_binary_is_told(host: Host) -> None:
