@@ -59,15 +59,16 @@ def roll_back(
             there = f"kept are: {', '.join(kept)}" if kept else "no other release is kept"
             raise UsageError(f"{name} cannot go back{f' to {to}' if to else ''}: {there}")
         [md5] = matching
-        updater.preflight(binary, slot)
         part = part_path(slot.target, name, md5)
-        state.memory(name).parts.append(part)
-        state.save()
         with signals.held():
             try:
+                updater.preflight(binary, slot)
+                state.memory(name).parts.append(part)
+                state.save()
                 updater.stage_backup(binary, slot, md5)
                 result = updater.activate(binary, slot, md5, "operator")
-            except HostError:
+            except HostError as error:
+                report.log(f"{name}: not rolled back to {md5}: {error}")
                 with suppress(HostError):  # the next sync removes it; what went wrong first is what is told
                     discard(part)
                 raise
@@ -82,7 +83,7 @@ def roll_back(
 
 def _seconds(duration: str) -> float:
     seconds = sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"([0-9]{1,6})([smhd])", duration))
-    if not re.fullmatch(r"([0-9]{1,6}[smhd])+", duration) or seconds > 3650 * 86400:
+    if not re.fullmatch(r"([0-9]{1,6}[smhd])+", duration) or not 0 < seconds <= 3650 * 86400:
         raise UsageError(f"{duration!r} is no duration of up to ten years: write 30m, 2h, 1d or 1h30m")
     return seconds
 

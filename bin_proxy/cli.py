@@ -204,7 +204,11 @@ def rollback(context: Context, name: str, to: str | None) -> None:
 
     binaries = _manifest(settings, (name,))
     report = _report(context, settings, terminal=sys.stdout.isatty())
-    echo(by_hand.roll_back(settings, binaries, name, to, report, Signals()))
+    try:
+        echo(by_hand.roll_back(settings, binaries, name, to, report, Signals()))
+    finally:
+        if report.log_trouble:
+            echo(f"bin-proxy: {report.log_trouble}", err=True)
 
 
 @cli.command()

@@ -51,7 +51,9 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
     binaries = load_manifest(settings)
     names = ", ".join(binary.name for binary in binaries) or "no binary"
     yield True, "manifest", f"{settings.manifest} names {names}"
-    yield _try("log", _log, settings.log_file)
+    for name, path in (("LOG_FILE", settings.log_file), ("METRICS_FILE", settings.metrics_file)):
+        if path:
+            yield _try(name, _writable, path)
     for folder in sorted({os.path.dirname(os.path.realpath(binary.path)) for binary in binaries}):
         if os.path.isdir(folder):  # what is wrong with one that is none is found with its binaries
             yield _try("folder", _space, folder)
@@ -65,22 +67,28 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
     except UsageError as error:
         yield False, "bin-manager", str(error)
         views, _ = survey(settings, binaries, offline=True)
+    struck: dict[tuple[bool, str], list[str]] = {}
     for view in views:
         row, service = view.row, view.row["service"]
         if row["latestMd5"]:
             yield True, "bin-manager", f"{row['name']}: {row['version']} is {row['latestMd5']}"
         if service and service["state"] and service["state"] not in DEAD:
             yield True, "service", f"{service['name']} is {service['state']}"
-        yield from ((well, row["name"], text) for well, text in view.findings)
-    yield from _state(settings.state_dir, {binary.name for binary in binaries})
+        for finding in view.findings:
+            struck.setdefault(finding, []).append(row["name"])
+    yield from ((well, ", ".join(names), text) for (well, text), names in struck.items())
+    wrong = {name for (well, _), names in struck.items() for name in names if not well}
+    yield from _state(settings.state_dir, {binary.name for binary in binaries}, wrong)
 
 
-def _state(folder: str, binaries: set[str]) -> Iterator[tuple[bool, str, str]]:
+def _state(folder: str, binaries: set[str], wrong: set[str]) -> Iterator[tuple[bool, str, str]]:
+    """`wrong`: those of the binaries whose trouble is known by now."""
     if os.path.isdir(folder):
         yield from ((False, "state", fault) for fault in untrusted(folder, folder=True))
         yield _try("state", _space, folder)
     else:
-        yield os.access(os.path.dirname(folder), os.W_OK), "state", f"{folder} is made by the first sync"
+        above = next(str(path) for path in Path(folder).parents if path.is_dir())
+        yield os.access(above, os.W_OK), "state", f"{folder} is made by the first sync"
     state = State(folder, ())
     for file, why in state.unreadable:
         yield False, "state", f"{file} cannot be read ({why}): the next sync sets it aside"
@@ -89,7 +97,8 @@ def _state(folder: str, binaries: set[str]) -> Iterator[tuple[bool, str, str]]:
     recent, text = judge_last_sync(state.cache.last_sync)
     yield recent, "last sync", text
     for trouble in state.cache.troubles.values():
-        yield False, f"last sync: {trouble.name or 'bin-proxy'}", trouble.text
+        if trouble.name not in wrong:
+            yield False, f"last sync: {trouble.name or 'bin-proxy'}", trouble.text
 
 
 def _try(what: str, check: Callable[[str], str], path: str) -> tuple[bool, str, str]:
@@ -99,9 +108,14 @@ def _try(what: str, check: Callable[[str], str], path: str) -> tuple[bool, str, 
         return False, what, str(error)
 
 
-def _log(path: str) -> str:
-    if not os.access(path if os.path.exists(path) else os.path.dirname(path), os.W_OK):
-        raise HostError(f"{path} cannot be written: mkdir -p {os.path.dirname(path)}, or correct its owner")
+def _writable(path: str) -> str:
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise HostError(f"the folder of {path} does not exist: mkdir -p {folder}")
+    if not os.path.exists(path):
+        check_writable(folder)
+    elif os.path.isdir(path) or not os.access(path, os.W_OK):
+        raise HostError(f"{path} cannot be written: correct the setting, or its owner")
     return path
 
 

@@ -45,7 +45,7 @@ def rfc3339(at: float | None) -> str | None:
 
 
 def restart_pending(pid: int, slot: Slot) -> bool | None:
-    """Whether a process executes another file than the one installed; None where that cannot be seen.
+    """Whether a process executes another file than the one installed, if one is; None where that cannot be seen.
 
     An interpreter or a wrapper is no finding: only the file's own path is compared (proc_pid_exe(5)).
     """
@@ -53,7 +53,7 @@ def restart_pending(pid: int, slot: Slot) -> bool | None:
         link = os.readlink(f"/proc/{pid}/exe")
         if link.removesuffix(" (deleted)") != slot.target:
             return False
-        return slot.status is None or os.stat(f"/proc/{pid}/exe").st_ino != slot.status.st_ino
+        return slot.status is not None and os.stat(f"/proc/{pid}/exe").st_ino != slot.status.st_ino
     except OSError:
         return None
 
@@ -142,11 +142,17 @@ def _view(
     retry = memory.unwell or (memory.retries.get(latest) if latest != installed else None)
     begun = name in state.records
     states: dict[str, object] = {"updating": begun and running, "interrupted": begun, "paused": pause}
-    states |= {"unknown": not latest, "missing": not installed, "held": hold, "current": installed == latest}
+    states |= {"unknown": not latest or not slot, "missing": not installed}
+    states |= {"held": hold, "current": installed == latest}
     shown = next((name for name, applies in states.items() if applies), "outdated")
     by_operator = bool(shown == "held" and hold and hold.by == "operator")
     splay = shown == "outdated" and latest in memory.seen and not retry
-    troubles = [trouble.text for trouble in state.cache.troubles.values() if trouble.name == name]
+    # What the last sync met counts where it is not of the time before bin-manager answered, or of another release.
+    troubles = [
+        trouble.text
+        for key, trouble in state.cache.troubles.items()
+        if trouble.name == name and (shown == "interrupted" or key.endswith(latest))
+    ]
     told = troubles[0] if troubles and shown not in _WELL and not splay else None
     row = {
         "name": name,
@@ -178,8 +184,8 @@ def _findings(row: dict[str, Any], errors: list[str], way_out: str, by_operator:
         why = paused["reason"] or "no reason given"
         found.append((True, f"paused since {_plain(paused['since'])}{until} ({why}): {way_out}"))
     elif held:
-        found.append((by_operator, f"{held['md5'][:8]} is held since {_plain(held['since'])}: {held['reason']}"))
-        found.append((by_operator, f"to try it again: {again} --retry-held"))
+        why = f"{held['md5'][:8]} is held since {_plain(held['since'])}: {held['reason']}"
+        found.append((by_operator, f"{why}; to try it again: {again} --retry-held"))
     elif row["error"]:
         found = found or [(False, row["error"])]
     elif row["state"] in ("missing", "outdated") and not row["retryAt"]:
@@ -188,7 +194,7 @@ def _findings(row: dict[str, Any], errors: list[str], way_out: str, by_operator:
         found.append((True, f"tried again at {_plain(row['retryAt'])}; now: {again} --retry-held"))
     if row["state"] == "interrupted":
         found.append((False, f"an update was cut off: {again} finishes or undoes it"))
-    if service and service["restartPending"]:
+    if service and service["restartPending"] and row["state"] not in ("updating", "interrupted"):
         again = f"supervisorctl restart {service['name']}"
         found.append((False, f"the service runs another file than the installed one: {again}"))
     if service and service["state"] in DEAD:

@@ -281,6 +281,40 @@ def test_status_without_root(zoo: Host) -> None:
     assert rows == {name: state for name, (state, _, _) in STATES.items()}
 
 
+def test_a_file_that_may_not_be_looked_at_is_not_missing(host: Host) -> None:
+    """What is not known is not told as absent."""
+    require_root()
+    require("setpriv")
+    host.root.chmod(0o755)
+    host.install("manager", good("v1"))
+    (host.bin / "manager").chmod(0o700)
+    host.server.publish("manager", good("v1"))
+    host.write_manifest({"name": "manager", **FILE})
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    done = subprocess.run(
+        [*nobody, *host.command("status", "--json")],
+        env=host.environment(SUPERVISORCTL=""),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    [row] = json.loads(done.stdout)["binaries"]
+    assert row["state"] == "unknown" and row["installedMd5"] is None and "Permission denied" in row["error"]
+
+
+def test_status_believes_the_answer_it_has_rather_than_the_last_sync(host: Host) -> None:
+    """That bin-manager was down a minute ago is no error of a binary for which it answers now."""
+    host.write_manifest({"name": "manager", **FILE})
+    host.server.publish("manager", good("v1"))
+    host.server.stop()
+    assert host.sync().returncode == 1
+    assert "cannot be reached" in status(host, "--offline")["manager"]["error"]
+    host.server.start()
+    row = status(host)["manager"]
+    assert row["state"] == "missing" and row["error"] is None
+    assert "the next sync installs" in table(host)
+
+
 def test_offline_before_the_first_sync(host: Host) -> None:
     """Where nothing is known, that is said; no state folder is made."""
     host.install("manager", good("v1"))
@@ -300,6 +334,7 @@ def test_updating_and_interrupted() -> None:
             row = status(host)["manager"]
             assert row["state"] == "updating" and row["service"]["name"] == "manager"
             assert well(host) and re.search(r"^manager +updating ", table(host), re.M)
+            assert "supervisorctl restart" not in table(host), "which would cut in"
             busy = host.sync()
             assert (busy.returncode, busy.stdout, busy.stderr) == (75, "", "")
             code, raw = on_terminal(host, "sync")
@@ -327,6 +362,10 @@ def test_restart_pending(manager_host: Host) -> None:
     text = table(host)
     assert "restart pending" in text and "supervisorctl restart manager" in text
     assert "supervisorctl restart manager" in host.run("doctor").stdout
+    (host.bin / "manager").rename(host.bin / "kept")
+    assert "supervisorctl restart" not in table(host), "which would stop it for want of a file"
+    assert "bin-proxy sync --only manager" in table(host)
+    (host.bin / "kept").rename(host.bin / "manager")
     host.ctl("restart", "manager")
     service = status(host)["manager"]["service"]
     assert service == {"name": "manager", "state": "RUNNING", "pid": host.pid("manager"), "restartPending": False}
@@ -417,7 +456,32 @@ def test_a_rollback_that_fails_is_undone() -> None:
         assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
         assert "failed" in done.stderr and md5(good("v2"))[:8] in done.stderr
         assert host.running_md5("manager") == host.reported("manager") == md5(good("v2")) and not host.strays()
+        assert "bin-proxy rollback manager --to" in done.stderr, "no sync would try that one again"
+        assert re.search(r"manager: rolled back .*, pid \d+ -> \d+, [\d.]+ s: ", host.log())
         assert host.outcomes() == {"manager": "current"} and status(host)["manager"]["held"] is None
+
+
+def test_a_rollback_that_cannot_begin_is_logged(manager_host: Host) -> None:
+    """LOG_FILE gets a line for it; nothing is changed."""
+    host = manager_host
+    host.server.publish("manager", good("v2"))
+    assert host.sync().returncode == 0
+    done = host.run("rollback", "manager", SUPERVISORCTL="/bin/false")
+    assert done.returncode == 1
+    last = host.log().splitlines()[-1]
+    assert "manager: not rolled back" in last and "supervisorctl" in last
+    assert host.running_md5("manager") == md5(good("v2")) and not host.strays()
+
+
+def test_a_rollback_whose_log_cannot_be_written_says_so(host: Host) -> None:
+    """It is done all the same."""
+    host.write_manifest({"name": "tool", **FILE})
+    for tag in ("v1", "v2"):
+        host.server.publish("tool", good(tag))
+        assert host.sync().returncode == 0
+    done = host.run("--log-file", str(host.bin), "rollback", "tool")
+    assert done.returncode == 0 and host.disk_md5("tool") == md5(good("v1"))
+    assert "LOG_FILE" in done.stderr and str(host.bin) in done.stderr
 
 
 # pause and resume
@@ -513,7 +577,7 @@ def test_doctor() -> None:
         assert host.sync().returncode == 0
         assert findings(host) == []
         told = host.run("doctor").stdout
-        for word in ("config", "manifest", "state", "last sync", "log", "folder", "bin-manager", "service"):
+        for word in ("config", "manifest", "state", "last sync", "LOG_FILE", "folder", "bin-manager", "service"):
             assert re.search(rf"^ok +{word}", told, re.M), word
 
         [line] = findings(host, HTTP_TIMEOUT="soon")
@@ -542,7 +606,7 @@ def test_doctor() -> None:
             assert "chmod go-w" in line and "open.json" in line
 
         [line] = findings(host, "--log-file", str(host.root / "absent" / "log"))
-        assert "log" in line and f"mkdir -p {host.root}/absent" in line
+        assert "LOG_FILE" in line and f"mkdir -p {host.root}/absent" in line
 
         text = host.manifest_path.read_text()
         host.manifest_path.write_text(text.replace('"name"', '"service": "nobody", "name"'))
@@ -576,6 +640,38 @@ def test_doctor_tells_what_to_do_about_a_held_release(zoo: Host) -> None:
     wrong = findings(zoo)
     assert [line for line in wrong if "held" in line and "bin-proxy sync --only held --retry-held" in line]
     assert not [line for line in wrong if re.search(r"\b(left|paused|current)\b", line)], wrong
+
+
+@pytest.mark.parametrize("kind", ["a folder", "no folder"])
+@pytest.mark.parametrize("name", ["LOG_FILE", "METRICS_FILE"])
+def test_doctor_looks_at_what_a_sync_will_write(host: Host, name: str, kind: str) -> None:
+    """A file that could not be written is found before a sync stumbles over it."""
+    host.write_manifest()
+    assert host.sync().returncode == 0 and findings(host) == []
+    path = host.bin if kind == "a folder" else host.root / "absent" / "x.prom"
+    [line] = findings(host, **{name: str(path)})
+    assert str(path if kind == "a folder" else path.parent) in line
+
+
+def test_doctor_names_all_that_one_fault_strikes(host: Host) -> None:
+    """One line, which names them all, also after a sync that met the same."""
+    names = ("a", "b", "c")
+    for name in names:
+        host.install(name, good("v1"))
+    host.write_manifest(*({"name": name, **FILE} for name in names))
+    host.server.stop()
+    for _ in range(2):
+        [line] = [line for line in findings(host) if "cannot be reached" in line]
+        assert "a, b, c: " in line
+        assert host.sync().returncode == 1
+
+
+def test_doctor_is_content_with_a_state_folder_that_the_first_sync_makes(host: Host) -> None:
+    """With those above it, if need be."""
+    host.write_manifest()
+    state = str(host.root / "not" / "yet")
+    assert [line for line in findings(host, "--state-dir", state) if "state" in line] == []
+    assert host.run("--state-dir", state, "sync").returncode == 0
 
 
 def test_one_fault_does_not_hide_another_from_doctor(host: Host) -> None:
@@ -640,6 +736,18 @@ def test_metrics(zoo: Host) -> None:
     assert {value for (kind, _), value in found.items() if kind.startswith("binary")} == {0.0, 1.0}
 
 
+def test_metrics_of_a_release_that_does_not_come_whole(host: Host) -> None:
+    """While it waits to be fetched again, too: an alert sees it."""
+    host.install("a", good("v1"))
+    host.write_manifest({"name": "a", **FILE})
+    host.server.publish("a", good("v2"))
+    host.server.always[host.server.download_path("a")] = lambda handler: handler.answer(200, b"wrong")  # type: ignore[func-returns-value]
+    path = host.root / "m.prom"
+    for _ in range(2):
+        assert host.sync(METRICS_FILE=str(path)).returncode == 1
+        assert metrics(path)["binary_failed", "a"] == 1
+
+
 def test_metrics_of_a_failure(host: Host) -> None:
     """What could not be done is `failed`; a metrics file that cannot be written is told, and exit 1."""
     host.write_manifest({"name": "a+b.c", **FILE})
@@ -689,6 +797,17 @@ def test_splay(host: Host) -> None:
     assert host.sync("--splay", "10000").returncode == 0 and host.log().count("\n") == lines
     code, raw = on_terminal(host, "sync", "--splay", "10000")
     assert code == 0 and "updated" in raw and host.disk_md5("a") == md5(good("v2"))
+
+
+def test_a_release_that_is_held_is_not_said_to_be_due(host: Host) -> None:
+    """The splay is not what it waits for."""
+    host.write_manifest({"name": "a", **FILE})
+    for tag in ("v1", "v2"):
+        host.server.publish("a", good(tag))
+        assert host.sync().returncode == 0
+    assert host.run("rollback", "a").returncode == 0
+    assert host.outcomes("--splay", "10000") == {"a": "held"}
+    assert "due in" not in host.log()
 
 
 def test_splay_ends(host: Host) -> None:
