@@ -74,8 +74,10 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str, str]]:
             yield True, "bin-manager", f"{row['name']}: {row['version']} is {row['latestMd5']}"
         if service and service["state"] and service["state"] not in DEAD:
             yield True, "service", f"{service['name']} is {service['state']}"
-        for finding in view.findings:
-            struck.setdefault(finding, []).append(row["name"])
+        for well, text in view.findings:
+            way_out = "; correct BIN_MANAGER_API or the manifest, or mend bin-manager"
+            told = text + (way_out if text.startswith("bin-manager") else "")
+            struck.setdefault((well, told), []).append(row["name"])
     yield from ((well, ", ".join(names), text) for (well, text), names in struck.items())
     wrong = {name for (well, _), names in struck.items() for name in names if not well}
     yield from _state(settings.state_dir, {binary.name for binary in binaries}, wrong)

@@ -35,6 +35,9 @@ class Signals:
         self._came = signum
         if not self._held:
             raise Interrupted(signum)
+        with suppress(OSError):  # it may be the terminal's end that this signal tells of
+            if os.isatty(2):
+                os.write(2, b"\nbin-proxy: this ends once the update is finished or undone\n")
 
     @contextmanager
     def held(self) -> Iterator[None]:

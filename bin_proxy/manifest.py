@@ -83,7 +83,8 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
             raise UsageError(*faults)
         data = _parse(_read(path))
     except (OSError, ValueError) as error:
-        raise UsageError(f"manifest {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        why = f"{getattr(error, 'strerror', None) or error}; correct it, or BIN_MANIFESTS"
+        raise UsageError(f"manifest {path} cannot be read: {why}") from None
     entries: list[dict[str, Any]] = []
     seen: dict[str, str] = {}  # names, and files by the name that has them
     for at, entry in enumerate(data["binaries"]):

@@ -595,7 +595,7 @@ def test_doctor() -> None:
         (host.root / "config").write_text("")
 
         [line] = findings(host, "--manifest", str(host.root / "absent.json"))
-        assert "absent.json" in line
+        assert "absent.json" in line and "BIN_MANIFESTS" in line
         (host.root / "broken.json").write_text("{")
         [line] = findings(host, "--manifest", str(host.root / "broken.json"))
         assert "broken.json" in line
@@ -616,7 +616,7 @@ def test_doctor() -> None:
 
         host.server.stop()
         [line] = findings(host)
-        assert "bin-manager" in line and str(host.server.port) in line
+        assert "bin-manager" in line and str(host.server.port) in line and "correct BIN_MANAGER_API" in line
         assert host.sync().returncode == 1
         assert findings(host) == [line], "the same, though the last sync met it, too"
         host.server.start()
@@ -902,6 +902,14 @@ def test_the_cursor_comes_back(host: Host) -> None:
     code, raw = on_terminal(host, "sync", until="downloading")
     assert code == 128 + signal.SIGINT and "Traceback" not in raw
     assert raw.rfind("\x1b[?25l") <= raw.rfind("\x1b[?25h"), raw
+
+
+def test_ctrl_c_during_an_update_is_answered(manager_host: Host) -> None:
+    """Whoever presses it while a service is watched is told what is waited for."""
+    new = manager_host.server.publish("manager", good("v2"))
+    code, raw = on_terminal(manager_host, "sync", until=f"-> {new[:8]}", MIN_HEALTHY_SECONDS="2")
+    assert code == 128 + signal.SIGINT and "this ends once the update is finished or undone" in raw
+    assert manager_host.running_md5("manager") == manager_host.reported("manager") == new
 
 
 def test_no_progress_off_a_terminal(host: Host) -> None:

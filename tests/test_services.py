@@ -732,7 +732,7 @@ def test_a_health_check_for_a_binary_without_a_service_is_asked_too(host: Host) 
     check = {"command": ["/bin/sh", "-c", f"test -e {well} && ! grep -q BAD {host.bin / 'manager'}"]}
     host.write_manifest(entry(service=False, healthCheck=check))
     bad = host.server.publish("manager", good("BAD"))
-    assert host.outcomes(HEALTH_TIMEOUT="1") == {"manager": "rolled-back"}
+    assert host.outcomes(HEALTH_TIMEOUT="4") == {"manager": "rolled-back"}
     assert host.disk_md5("manager") == md5(good("v1")) and held(host) == [bad]
 
 
