@@ -54,6 +54,10 @@ class Stuck(HostError):
     """A service neither stops nor comes up in time, though supervisord answers."""
 
 
+class BackupLost(HostError):
+    """A release to go back to is kept no more, or damaged: no other try will bring it back."""
+
+
 class ReleaseError(BinProxyError):
     """The release is at fault: it fails its verification, does not come up or does not stay up."""
 

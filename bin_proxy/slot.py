@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from bin_proxy.atomic import copy_attributes, create_private, fsync_folder, make_folder, opened
-from bin_proxy.errors import HostError, host_error, host_errors
+from bin_proxy.errors import BackupLost, HostError, host_error, host_errors
 
 _CHUNK = 1024 * 1024
 # A file changed within the clock's granularity of its stat keeps its times; 2 s covers every filesystem.
@@ -179,13 +179,13 @@ class Backups:
         """Stage a kept release beside its target, after checking its bytes.
 
         Raises:
-            HostError: it is gone or damaged.
-            OSError: it cannot be staged.
+            BackupLost: it is gone or damaged.
+            HostError, OSError: it cannot be read or staged.
         """
         entry = os.path.join(self._root, name, md5)
         found = inspect(entry).md5
         if found != md5:
-            raise HostError(f"the backup {entry} is {'damaged' if found else 'gone'}")
+            raise BackupLost(f"the backup {entry} is {'damaged' if found else 'gone'}")
         _link_or_copy(entry, part, linkable=True)
 
     def prune(self, name: str, order: list[str], keep: int, installed: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from functools import partial
 
 from bin_proxy import plan
 from bin_proxy.atomic import fsync_folder
-from bin_proxy.errors import BinProxyError, HostError, ReleaseError, Stuck, host_error, host_errors
+from bin_proxy.errors import BackupLost, BinProxyError, HostError, ReleaseError, Stuck, host_error, host_errors
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.plan import Result, short
@@ -176,6 +176,8 @@ class Updater:
             self._restore(record)
             so_far = "the previous release is restored, but its service is not"
             came_back, words, pids = self._resume(record, binary)
+        except BackupLost as error:
+            return self._stay(record, str(error))
         except (OSError, HostError) as error:
             words = f"{record.reason}; {so_far}: {error}; the next run goes on with it"
             return Result(record.name, "failed", False, record.old, record.new, error=words, kind="roll-back")
@@ -242,6 +244,19 @@ class Updater:
         error = f"{failed}{record.reason}; {words}{tries}"
         result = Result(record.name, "rolled-back", False, record.old, record.new, seconds, error, kind)
         return self._close(record, record.old, result)
+
+    def _stay(self, record: Record, why: str) -> Result:
+        """With nothing to go back to, what is there stays, its restart is tried again, and the way forward is free."""
+        memory, now = self._state.memory(record.name), time.time()
+        installed = inspect(record.target).md5
+        memory.unwell = Unwell(record.new, 1, now + plan.growing_pause(1), record.reason)
+        memory.down = list(record.processes)
+        memory.parts, memory.seen = list(filter(os.path.lexists, memory.parts)), {}
+        words = f"release {short(record.new)} failed: {record.reason}; {why}, so {short(installed)} stays"
+        self._log(f"{record.name}: {words}")
+        seconds = now - record.since
+        result = Result(record.name, "failed", False, record.old, record.new, seconds, words, "restart")
+        return self._close(record, installed, result)
 
     def recover(self, name: str, record: Record | None, binary: Binary | None) -> Result | None:
         """Resolve an update that was interrupted.

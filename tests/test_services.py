@@ -626,6 +626,23 @@ def test_the_previous_release_is_started_again_though_bin_manager_is_down(host: 
     assert re.search(r"manager: runs again, pid \d+, after 1 failed", host.log())
 
 
+@pytest.mark.parametrize("how", ["rm", "truncate -s 1"])
+def test_without_a_release_to_go_back_to_the_way_forward_is_free(host: Host, how: str) -> None:
+    """The backup is gone or damaged when it is needed: said once, its restart tried again; another release is taken."""
+    deploy(host, good("v1"), startretries="0")
+    backup = host.state / "backups" / "manager" / md5(good("v1"))
+    bad = host.server.publish("manager", script(f"{how} {backup}\nexit 1", "v2"))
+    done = host.sync()
+    assert done.returncode == 1 and str(backup) in one_line(done)
+    assert host.disk_md5("manager") == host.reported("manager") == bad and host.strays() == []
+    again = host.sync()
+    assert (again.returncode, again.stderr) == (1, "")
+    assert host.outcomes() == {"manager": "failed"} and held(host) == []
+    new = host.server.publish("manager", good("v3"))
+    assert host.outcomes() == {"manager": "updated"}
+    assert host.running_md5("manager") == host.reported("manager") == new and host.strays() == []
+
+
 def test_while_the_previous_release_does_not_run_another_release_is_tried_at_once(host: Host) -> None:
     """The way forward is never blocked: another MD5 may be the repair."""
     release = needing(host)
