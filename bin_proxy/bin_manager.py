@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import ssl
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -20,9 +18,10 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinManagerError, CorruptDownload, Unreachable, UsageError
+from bin_proxy.errors import BinManagerError, CorruptDownload, Unreachable, cause
 from bin_proxy.manifest import Binary, parse_json
 from bin_proxy.settings import Settings
+from bin_proxy.tls import certificates
 
 if TYPE_CHECKING:
     from bin_proxy.staging import Part
@@ -34,13 +33,6 @@ _CHUNK = 512 * 1024
 _REDIRECTS = 5
 # What a release tells of itself; all but the MD5 may be absent or null.
 _FIELDS = {"md5": (str, "[0-9a-f]{32}"), "sha256": (str, "[0-9a-f]{64}"), "size": (int, "[0-9]{1,18}")}
-# Where Debian, RHEL, SUSE and Alpine keep the store that curl uses.
-_HOST_STORES = (
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-)
 
 
 @dataclass(frozen=True)
@@ -74,29 +66,6 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _certificates(settings: Settings) -> str | bool:
-    """The CA file or folder to verify against; True leaves it to the one that requests brings along.
-
-    Raises:
-        UsageError: a file of certificates cannot be used.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    known = {**os.environ, "BIN_MANAGER_CA_BUNDLE": settings.ca_bundle}
-    names = ("BIN_MANAGER_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
-    name, store = next(((name, known[name]) for name in names if known.get(name)), ("", ""))
-    try:
-        what = f"{name} {store}"
-        if store:
-            context.load_verify_locations(**{"capath" if os.path.isdir(store) else "cafile": store})
-        what = f"BIN_MANAGER_CLIENT_CERT {settings.client_cert}"
-        if settings.client_cert:  # without the password, OpenSSL would ask whoever stands at the terminal
-            context.load_cert_chain(settings.client_cert, settings.client_key or None, password=lambda: "")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{what} cannot be used: {_cause(error)}") from None
-    stores = (ssl.get_default_verify_paths().cafile, *_HOST_STORES)
-    return store or next((found for found in stores if found and os.path.isfile(found)), True)
-
-
 class BinManager:
     """bin-manager as its clients see it. Threads may share one.
 
@@ -113,7 +82,7 @@ class BinManager:
         pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
         basic = f"Basic {b64encode(pair.encode()).decode()}" if parts.username is not None else ""
         self._authorization = f"Bearer {settings.token}" if settings.token else basic
-        self._verify = _certificates(settings)
+        self._verify = certificates(settings)
         with_key = (settings.client_cert, settings.client_key)
         self._cert = with_key if settings.client_key else settings.client_cert or None
         # No session: it would take credentials from .netrc, keep cookies, and read the whole body of each redirect.
@@ -214,19 +183,19 @@ class BinManager:
         )
         again, common = True, own
         if isinstance(error, requests.exceptions.SSLError):
-            text, again = f"TLS with {where} failed: {_cause(error)}", "CERTIFICATE_VERIFY_FAILED" not in str(error)
+            text, again = f"TLS with {where} failed: {cause(error)}", "CERTIFICATE_VERIFY_FAILED" not in str(error)
         elif isinstance(error, (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)):
             text, again, common = f"bin-manager at {self._where} does not answer in time", False, False
             # A server that answers nobody would cost every binary a timeout, so after a few the others get less.
             if next(self._silences) >= self._settings.jobs and not self._answered:
                 self._patience = self._settings.http_timeout / 5
         elif isinstance(error, ValueError):  # a hostile Location, among others
-            return _Failed(BinManagerError(f"bin-manager's answer cannot be followed: {_cause(error)}"), again=False)
+            return _Failed(BinManagerError(f"bin-manager's answer cannot be followed: {cause(error)}"), again=False)
         else:
             refused = isinstance(error, requests.exceptions.ConnectionError)
             refused = refused and not isinstance(next(iter(error.args), None), urllib3.exceptions.ProtocolError)
             what, common = "cannot be reached" if refused else "dropped the connection", own and refused
-            text = f"{where} {what}: {_cause(error)}"
+            text = f"{where} {what}: {cause(error)}"
         return _Failed(Unreachable(text), again=again, common=common)
 
     def _get(self, path: str, headers: dict[str, str]) -> requests.Response:
@@ -287,16 +256,6 @@ class BinManager:
             if len(body) > _LARGEST_ANSWER:
                 raise BinManagerError(f"bin-manager's answer is larger than {_LARGEST_ANSWER} bytes")
         return body
-
-
-def _cause(error: BaseException) -> str:
-    """The words of the innermost cause: urllib3 wraps the one that tells something in several that do not."""
-    inner = getattr(error, "reason", None) or error.__cause__ or next(iter(error.args), None)
-    if isinstance(inner, BaseException):
-        return _cause(inner)
-    words = error.args[-1] if error.args and isinstance(error.args[-1], str) else str(error)
-    words = re.sub(r"//[^/@\s]*@", "//***@", words)  # a proxy's password
-    return re.sub(r"^<?[\w.]+\(.*?\):? |^\[[^]]*\] ", "", words)[:200] or type(error).__name__
 
 
 def _retry_after(response: requests.Response) -> float:

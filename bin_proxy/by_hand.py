@@ -10,11 +10,12 @@ from bin_proxy.atomic import make_folder
 from bin_proxy.errors import HostError, UsageError, host_errors
 from bin_proxy.guard import Signals, locked
 from bin_proxy.manifest import Binary
+from bin_proxy.memory import Pause
 from bin_proxy.plan import short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
 from bin_proxy.slot import discard, inspect, part_path
-from bin_proxy.state import Pause, State
+from bin_proxy.state import State
 from bin_proxy.updater import Updater
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -86,6 +87,16 @@ def host_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise host_error(doing, error) from error
+
+
+def cause(error: BaseException) -> str:
+    """The words of the innermost cause: urllib3 wraps the one that tells something in several that do not."""
+    inner = getattr(error, "reason", None) or error.__cause__ or next(iter(error.args), None)
+    if isinstance(inner, BaseException):
+        return cause(inner)
+    words = error.args[-1] if error.args and isinstance(error.args[-1], str) else str(error)
+    words = re.sub(r"//[^/@\s]*@", "//***@", words)  # a proxy's password
+    return re.sub(r"^<?[\w.]+\(.*?\):? |^\[[^]]*\] ", "", words)[:200] or type(error).__name__
 
 
 def clean(text: str) -> str:

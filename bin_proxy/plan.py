@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from bin_proxy.state import Memory, Record, Retry
+from bin_proxy.memory import Memory, Record, Retry
 
 STRIKES = 3
 _HOUR = 3600.0

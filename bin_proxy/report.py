@@ -15,8 +15,8 @@ import click
 
 from bin_proxy.atomic import write_atomically
 from bin_proxy.errors import HostError, clean, host_errors
+from bin_proxy.memory import Cache, Trouble
 from bin_proxy.plan import Result
-from bin_proxy.state import Cache, Trouble
 
 if TYPE_CHECKING:
     from bin_proxy.staging import Part

@@ -13,9 +13,10 @@ import click
 from bin_proxy.errors import BinProxyError, HostError, clean
 from bin_proxy.guard import is_locked
 from bin_proxy.manifest import Binary
+from bin_proxy.memory import Answer, LastSync
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, inspect
-from bin_proxy.state import Answer, LastSync, State
+from bin_proxy.state import State
 from bin_proxy.supervisor import Process, Supervisor
 
 DEAD = ("FATAL", "UNKNOWN", "BACKOFF", "EXITED")

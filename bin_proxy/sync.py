@@ -17,12 +17,13 @@ from bin_proxy.bin_manager import BinManager, Release
 from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, Unreachable
 from bin_proxy.guard import Signals
 from bin_proxy.manifest import Binary, record_md5s
+from bin_proxy.memory import Answer, LastSync, Memory
 from bin_proxy.plan import Result, short
 from bin_proxy.report import Report, echo, write_metrics
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Slot, discard, inspect, part_path, remember
 from bin_proxy.staging import Part, Space, stage
-from bin_proxy.state import Answer, LastSync, Memory, State
+from bin_proxy.state import State
 from bin_proxy.updater import Updater
 from bin_proxy.workers import Job, Workers
 

@@ -13,11 +13,12 @@ from bin_proxy.atomic import fsync_folder
 from bin_proxy.errors import BackupLost, BinProxyError, HostError, ReleaseError, Stuck, host_error, host_errors
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
+from bin_proxy.memory import Record, Unwell
 from bin_proxy.plan import Result, short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, check_writable, identity, inspect, part_path, swap
-from bin_proxy.state import Record, State, Unwell
+from bin_proxy.state import State
 from bin_proxy.supervisor import TRYING, Supervisor
 
 _PROBE_BEFORE = 10.0

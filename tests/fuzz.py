@@ -25,8 +25,9 @@ from bin_proxy import bin_manager
 from bin_proxy.config_file import parse_config
 from bin_proxy.errors import BinManagerError, BinProxyError, HostError, UsageError
 from bin_proxy.manifest import load_manifest, record_md5s
+from bin_proxy.memory import Answer, LastSync, Pause, Record, Retry, Trouble, Unwell
 from bin_proxy.settings import load_settings
-from bin_proxy.state import Answer, LastSync, Pause, Record, Retry, State, Trouble, Unwell
+from bin_proxy.state import State
 from bin_proxy.supervisor import parse_status
 
 MD5 = "0123456789abcdef" * 2

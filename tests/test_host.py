@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from bin_proxy.state import Record, State
+from bin_proxy.memory import Record
+from bin_proxy.state import State
 from tests import clock
 from tests.clock import at
 from tests.conftest import require, require_root

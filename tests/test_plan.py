@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 
 from bin_proxy import plan
+from bin_proxy.memory import HOLDS_KEPT, Hold, Memory, Record, Retry, Unwell
 from bin_proxy.plan import Decision, after_failure, decide, decide_recovery, growing_pause, is_due, judge, leave
-from bin_proxy.state import HOLDS_KEPT, Hold, Memory, Record, Retry, Unwell
 
 NOW = 1_700_000_000.0
 HOUR = 3600.0

@@ -12,9 +12,9 @@ import pytest
 
 from bin_proxy.cli import cli
 from bin_proxy.manifest import load_manifest
+from bin_proxy.memory import Cache, LastSync
 from bin_proxy.report import write_metrics
 from bin_proxy.settings import TABLE, load_settings
-from bin_proxy.state import Cache, LastSync
 
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
