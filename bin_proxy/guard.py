@@ -15,10 +15,7 @@ from bin_proxy.atomic import make_folder, write_atomically
 from bin_proxy.errors import Busy, Interrupted, UsageError, host_error
 from bin_proxy.settings import untrusted
 
-_ENDING = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM),
-)
+_ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM
 
 
 class Signals:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from bin_proxy.memory import Memory, Record, Retry
+from bin_proxy.memory import Memory, Record, Retry, Unwell
 
 STRIKES = 3
 _HOUR = 3600.0
@@ -71,6 +71,11 @@ def after_failure(memory: Memory, md5: str, kind: str, reason: str, now: float) 
     """The pause that `md5` waits for after one more failure of `kind`."""
     count = memory.retries[md5].count + 1 if md5 in memory.retries else 1
     return Retry(count, now + growing_pause(count), kind, reason)
+
+
+def after_restart(md5: str, count: int, reason: str, now: float) -> Unwell:
+    """The pause before a restart is tried again, after the `count`-th failure since `md5` did not come up."""
+    return Unwell(md5, count, now + growing_pause(count), reason)
 
 
 def leave(memory: Memory, md5: str, now: float) -> None:

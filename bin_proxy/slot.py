@@ -63,7 +63,7 @@ def locate(path: str) -> tuple[str, os.stat_result | None]:
 
 
 def inspect(path: str, known: list[int | str] | None = None) -> Slot:
-    """Locate a binary and find its MD5, by way of what `remember` returned where the file is unchanged since.
+    """Locate a binary and find its MD5, by way of its `fingerprint` where the file is unchanged since.
 
     Raises:
         HostError: as for `locate`, or it cannot be read.
@@ -81,14 +81,19 @@ def inspect(path: str, known: list[int | str] | None = None) -> Slot:
     return Slot(target, status, digest.hexdigest())
 
 
+def fingerprint(slot: Slot) -> list[int | str] | None:
+    """By what `inspect` tells the same file, unchanged, without reading it; None where there is none."""
+    return None if slot.status is None or slot.md5 is None else [*identity(slot.status), slot.md5]
+
+
 def remember(slot: Slot) -> list[int | str] | None:
     """What spares the next run the hashing of this file; None where the file is too fresh to be sure."""
-    if slot.status is None or slot.md5 is None:
+    if slot.status is None:
         return None
     now = time.time_ns()
     if min(abs(now - slot.status.st_mtime_ns), abs(now - slot.status.st_ctime_ns)) < _RACY_NS:
         return None
-    return [*identity(slot.status), slot.md5]
+    return fingerprint(slot)
 
 
 def part_path(target: str, name: str, md5: str) -> str:

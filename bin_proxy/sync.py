@@ -285,9 +285,8 @@ class Sync:
         for kept, wanted in ((cache.answers, self._binaries), (cache.outcomes, self._binaries), (cache.digests, paths)):
             for key in kept.keys() - wanted:
                 del kept[key]
-        gone = [key for key, trouble in cache.troubles.items() if trouble.name and trouble.name not in self._binaries]
-        for key in gone:
-            del cache.troubles[key]
+        known = self._binaries.keys() | {""}
+        cache.troubles = {key: trouble for key, trouble in cache.troubles.items() if trouble.name in known}
 
     def finish(self, results: list[Result]) -> int:
         """Tell what is new, and keep what the next run compares with.

@@ -13,11 +13,11 @@ from bin_proxy.atomic import fsync_folder
 from bin_proxy.errors import BackupLost, BinProxyError, HostError, ReleaseError, Stuck, host_error, host_errors
 from bin_proxy.health import probe
 from bin_proxy.manifest import Binary, record_md5s
-from bin_proxy.memory import Record, Unwell
+from bin_proxy.memory import Record
 from bin_proxy.plan import Result, short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
-from bin_proxy.slot import Backups, Slot, check_writable, identity, inspect, part_path, swap
+from bin_proxy.slot import Backups, Slot, check_writable, fingerprint, inspect, part_path, swap
 from bin_proxy.state import State
 from bin_proxy.supervisor import TRYING, Supervisor
 
@@ -74,7 +74,7 @@ class Updater:
             HostError: nothing was changed.
         """
         service = self._look_at_service(binary)
-        before, slot = slot, inspect(binary.path, [*identity(slot.status), str(slot.md5)] if slot.status else None)
+        before, slot = slot, inspect(binary.path, fingerprint(slot))
         if (slot.target, slot.md5) != (before.target, before.md5):
             raise HostError(f"{before.target} was changed by somebody else; the next run looks again")
         target, inode = slot.target, slot.status.st_ino if slot.status else 0
@@ -132,8 +132,7 @@ class Updater:
         memory, now = self._state.memory(record.name), time.time()
         memory.release(record.new)
         memory.unwell, memory.lost, memory.updated_at = None, "", now
-        memory.down, memory.seen = [], {}
-        memory.parts = list(filter(os.path.lexists, memory.parts))
+        memory.down = []
         if record.old and record.old != record.new:
             plan.leave(memory, record.old, now)
             if record.by == "operator":
@@ -146,6 +145,8 @@ class Updater:
 
     def _close(self, record: Record, installed: str | None, result: Result) -> Result:
         """Make what was decided durable, and only then forget the record; trouble here undoes nothing."""
+        memory = self._state.memory(record.name)
+        memory.parts, memory.seen = list(filter(os.path.lexists, memory.parts)), {}
         with self._noting():
             record_md5s(self._settings.manifest, {record.name: installed or ""})
         try:
@@ -231,13 +232,12 @@ class Updater:
         elif verdict == "strike":
             memory.strikes[record.new] = strikes + 1
         if came_back is False:
-            memory.unwell = Unwell(record.new, 1, now + plan.growing_pause(1), record.reason)
+            memory.unwell = plan.after_restart(record.new, 1, record.reason, now)
             kind = "restart"
         if came_back is False or record.old is None:
             memory.down = list(record.processes)
         elif came_back:
             memory.down = []
-        memory.parts, memory.seen = list(filter(os.path.lexists, memory.parts)), {}
         failed = f"release {short(record.new)} failed: " if record.new != record.old else ""
         seconds = now - record.since
         what = f"rolled back {record.new} -> {record.old or '-'}, pid {_pids(record.processes)} -> {_pids(pids)}"
@@ -250,9 +250,8 @@ class Updater:
         """With nothing to go back to, what is there stays, its restart is tried again, and the way forward is free."""
         memory, now = self._state.memory(record.name), time.time()
         installed = inspect(record.target).md5
-        memory.unwell = Unwell(record.new, 1, now + plan.growing_pause(1), record.reason)
+        memory.unwell = plan.after_restart(record.new, 1, record.reason, now)
         memory.down = list(record.processes)
-        memory.parts, memory.seen = list(filter(os.path.lexists, memory.parts)), {}
         words = f"release {short(record.new)} failed: {record.reason}; {why}, so {short(installed)} stays"
         self._log(f"{record.name}: {words}")
         seconds = now - record.since
@@ -337,9 +336,8 @@ class Updater:
         try:
             pids = self._bring_up(binary, before, probed=True, restart=not runs)
         except (ReleaseError, Stuck) as error:
-            count = memory.unwell.count + 1
-            until = time.time() + plan.growing_pause(count)
-            memory.unwell = replace(memory.unwell, count=count, until=until, reason=str(error))
+            last = memory.unwell
+            memory.unwell = plan.after_restart(last.md5, last.count + 1, str(error), time.time())
         else:
             self._log(f"{binary.name}: runs again, pid {_pids(pids)}, after {memory.unwell.count} failed restarts")
             memory.unwell, memory.down = None, []

@@ -28,6 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bin_proxy.cli import cli
 from bin_proxy.plan import splay_delay
 from tests.conftest import require, require_root
+from tests.faults import answering
 from tests.host import Host, dies_at_once, eventually, good, md5, running, running_host
 from tests.server import BinManagerServer, Handler
 
@@ -261,36 +262,14 @@ def test_offline(zoo: Host) -> None:
     assert re.search(r"^current +current +\w{8} +\w{8} \(\d+ (s|min) ago\)", text, re.M), text
 
 
-def test_status_without_root(zoo: Host) -> None:
-    """Who may read the files may see the status, too."""
-    require_root()
-    require("setpriv")
-    zoo.root.chmod(0o755)
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    probe = subprocess.run([*nobody, sys.executable, "-c", "import bin_proxy"], cwd=REPOSITORY, capture_output=True)
-    assert probe.returncode == 0, "nobody must be able to read this repository and Python"
-    done = subprocess.run(
-        [*nobody, *zoo.command("status", "--json")],
-        env=zoo.environment(SUPERVISORCTL=""),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row["state"] for row in json.loads(done.stdout)["binaries"]}
-    assert rows == {name: state for name, (state, _, _) in STATES.items()}
-
-
-def test_a_file_that_may_not_be_looked_at_is_not_missing(host: Host) -> None:
-    """What is not known is not told as absent."""
+def status_for_nobody(host: Host) -> list[dict[str, Any]]:
+    """The rows of `status --json` that a user without rights gets."""
     require_root()
     require("setpriv")
     host.root.chmod(0o755)
-    host.install("manager", good("v1"))
-    (host.bin / "manager").chmod(0o700)
-    host.server.publish("manager", good("v1"))
-    host.write_manifest({"name": "manager", **FILE})
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    probe = subprocess.run([*nobody, sys.executable, "-c", "import bin_proxy"], cwd=REPOSITORY, capture_output=True)
+    assert probe.returncode == 0, "nobody must be able to read this repository and Python"
     done = subprocess.run(
         [*nobody, *host.command("status", "--json")],
         env=host.environment(SUPERVISORCTL=""),
@@ -298,7 +277,24 @@ def test_a_file_that_may_not_be_looked_at_is_not_missing(host: Host) -> None:
         capture_output=True,
         text=True,
     )
-    [row] = json.loads(done.stdout)["binaries"]
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["binaries"]
+    return rows
+
+
+def test_status_without_root(zoo: Host) -> None:
+    """Who may read the files may see the status, too."""
+    rows = {row["name"]: row["state"] for row in status_for_nobody(zoo)}
+    assert rows == {name: state for name, (state, _, _) in STATES.items()}
+
+
+def test_a_file_that_may_not_be_looked_at_is_not_missing(host: Host) -> None:
+    """What is not known is not told as absent."""
+    host.install("manager", good("v1"))
+    (host.bin / "manager").chmod(0o700)
+    host.server.publish("manager", good("v1"))
+    host.write_manifest({"name": "manager", **FILE})
+    [row] = status_for_nobody(host)
     assert row["state"] == "unknown" and row["installedMd5"] is None and "Permission denied" in row["error"]
 
 
@@ -741,7 +737,7 @@ def test_metrics_of_a_release_that_does_not_come_whole(host: Host) -> None:
     host.install("a", good("v1"))
     host.write_manifest({"name": "a", **FILE})
     host.server.publish("a", good("v2"))
-    host.server.always[host.server.download_path("a")] = lambda handler: handler.answer(200, b"wrong")  # type: ignore[func-returns-value]
+    host.server.always[host.server.download_path("a")] = answering(200, b"wrong")
     path = host.root / "m.prom"
     for _ in range(2):
         assert host.sync(METRICS_FILE=str(path)).returncode == 1

@@ -23,6 +23,7 @@ from bin_proxy.state import State
 from tests import clock
 from tests.clock import at
 from tests.conftest import require, require_root
+from tests.faults import answering
 from tests.host import Host, dies_after, dies_at_once, eventually, good, md5, running_host
 from tests.server import Handler
 
@@ -200,7 +201,7 @@ def test_the_splay_passes_by_the_clock(host: Host, moment: str) -> None:
 def test_the_log_tells_a_trouble_hourly_whatever_the_clock_does(host: Host) -> None:
     """A trouble is told once on stderr, hourly in LOG_FILE, at most once more after a jump, and then its end."""
     install_old(host)
-    host.server.always["*"] = lambda handler: handler.answer(404, {"code": 404, "message": "gone"}) or False
+    host.server.always["*"] = answering(404, {"code": 404, "message": "gone"})
     lines = []
     for second in (0, 60, 3540, 3660, 3720, 7320, 3600 - _NOON, 3660 - _NOON, 7380, 7440):
         done = host.sync(**at(_NOON + second))
@@ -1165,7 +1166,7 @@ def test_closed_streams(host: Host, command: str, closed: str) -> None:
     assert host.disk_md5("manager") == host.reported("manager") == md5(V2)
     assert (host.state / "lock").read_bytes() == b""
     # A trouble that cannot be told is no reason to stop either.
-    host.server.always["*"] = lambda handler: handler.answer(500, b"<html>") or False
+    host.server.always["*"] = answering(500, b"<html>")
     done = subprocess.run(["sh", "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, timeout=60)
     assert b"Traceback" not in done.stderr
     assert done.returncode == 1

@@ -553,13 +553,18 @@ def needing(host: Host) -> Callable[[str], bytes]:
     return lambda tag: script(f"[ -e {host.root / 'needed'} ] || exit 1\nexec {sleeper(host)}", tag)
 
 
-def test_when_neither_release_comes_up_it_is_the_hosts_fault_and_the_third_time_it_holds(host: Host) -> None:
-    """The previous release stays and the new one is not held, unless that happened three times."""
+def neither_will_come_up(host: Host) -> tuple[Callable[[str], bytes], Wrapper, str]:
+    """v1 runs, v2 is offered, what both need goes at each restart. Returns what makes a release, and the MD5 of v2."""
     release = needing(host)
     deploy(host, release("v1"), startretries="0")
     wrapper = Wrapper(host)
     wrapper.before("restart", f"rm -f {host.root / 'needed'}")
-    new = host.server.publish("manager", release("v2"))
+    return release, wrapper, host.server.publish("manager", release("v2"))
+
+
+def test_when_neither_release_comes_up_it_is_the_hosts_fault_and_the_third_time_it_holds(host: Host) -> None:
+    """The previous release stays and the new one is not held, unless that happened three times."""
+    release, wrapper, new = neither_will_come_up(host)
 
     done = host.sync()
     assert done.returncode == 1 and md5(release("v1"))[:8] in one_line(done)
@@ -587,11 +592,7 @@ def test_once_the_host_is_mended_the_previous_release_is_started_after_a_pause_a
 ) -> None:
     """Nobody need come: the restart is tried again with growing pauses, the first of a minute."""
     require("cc")
-    release = needing(host)
-    deploy(host, release("v1"), startretries="0")
-    wrapper = Wrapper(host)
-    wrapper.before("restart", f"rm -f {host.root / 'needed'}")
-    new = host.server.publish("manager", release("v2"))
+    _, wrapper, new = neither_will_come_up(host)
     assert host.sync().returncode == 1
     assert host.service_state("manager") == "FATAL"
 
@@ -612,11 +613,7 @@ def test_once_the_host_is_mended_the_previous_release_is_started_after_a_pause_a
 
 def test_the_previous_release_is_started_again_though_bin_manager_is_down(host: Host) -> None:
     """A service that is down does not wait for an answer about its release."""
-    release = needing(host)
-    deploy(host, release("v1"), startretries="0")
-    wrapper = Wrapper(host)
-    wrapper.before("restart", f"rm -f {host.root / 'needed'}")
-    host.server.publish("manager", release("v2"))
+    release, wrapper, _ = neither_will_come_up(host)
     assert host.sync().returncode == 1
     wrapper.hook.unlink()
     (host.root / "needed").touch()
@@ -645,11 +642,7 @@ def test_without_a_release_to_go_back_to_the_way_forward_is_free(host: Host, how
 
 def test_while_the_previous_release_does_not_run_another_release_is_tried_at_once(host: Host) -> None:
     """The way forward is never blocked: another MD5 may be the repair."""
-    release = needing(host)
-    deploy(host, release("v1"), startretries="0")
-    wrapper = Wrapper(host)
-    wrapper.before("restart", f"rm -f {host.root / 'needed'}")
-    host.server.publish("manager", release("v2"))
+    neither_will_come_up(host)
     assert host.sync().returncode == 1
     new = host.server.publish("manager", good("v3"))
     assert host.outcomes() == {"manager": "updated"}

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import require, require_root
+from tests.faults import answering
 from tests.host import Host, dies_at_once, eventually, good, md5, running, running_host
 from tests.server import Handler
 
@@ -607,8 +608,8 @@ def test_trouble_with_one_does_not_keep_the_others(host: Host) -> None:
     names = ["missing", "corrupt", "broken", "fine", "folder"]
     offer(host, *names)
     host.server.releases.pop(("latest", "missing"))
-    host.server.always[host.server.download_path("corrupt")] = lambda handler: handler.answer(200, b"something else")  # type: ignore[func-returns-value]
-    host.server.always[host.server.md5_path("broken")] = lambda handler: handler.answer(200, b"<html>")  # type: ignore[func-returns-value]
+    host.server.always[host.server.download_path("corrupt")] = answering(200, b"something else")
+    host.server.always[host.server.md5_path("broken")] = answering(200, b"<html>")
     (host.bin / "folder").unlink()
     (host.bin / "folder").mkdir()
     done = host.sync()
@@ -728,7 +729,7 @@ def test_the_json_of_a_rollback_a_hold_and_a_pause(manager_host: Host) -> None:
 def test_a_corrupt_download_waits_before_it_is_fetched_again(host: Host) -> None:
     """Bytes that do not match are never installed; the next minutes do not fetch them again, another MD5 does."""
     offer(host, "tool")
-    wrong = lambda handler: handler.answer(200, b"tool!")  # noqa: E731
+    wrong = answering(200, b"tool!")
     host.server.always[host.server.download_path("tool")] = wrong
     assert host.outcomes() == {"tool": "failed"}
     asked = sum("download" in path for path, _ in host.server.requests)
@@ -1049,7 +1050,7 @@ def test_another_trouble_of_the_same_binary_is_told(host: Host) -> None:
     host.server.releases.pop(("latest", "tool"))
     assert "404" in host.sync().stderr
     host.server.publish("tool", b"tool2")
-    host.server.always[host.server.download_path("tool")] = lambda handler: handler.answer(200, b"wrong")  # type: ignore[func-returns-value]
+    host.server.always[host.server.download_path("tool")] = answering(200, b"wrong")
     done = host.sync()
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "404" not in done.stderr
 
@@ -1062,7 +1063,7 @@ def test_one_cause_that_strikes_all_is_one_line(host: Host, how: str) -> None:
     if how == "refused":
         host.server.stop()
     elif how == "error 500":
-        host.server.always["*"] = lambda handler: handler.answer(500, b"oops")  # type: ignore[func-returns-value]
+        host.server.always["*"] = answering(500, b"oops")
     elif how == "silent":
         host.server.always["*"] = Gate()
     elif how == "closed":
@@ -1073,7 +1074,7 @@ def test_one_cause_that_strikes_all_is_one_line(host: Host, how: str) -> None:
 
         host.server.always["*"] = close
     else:
-        host.server.always["*"] = lambda handler: handler.answer(404, b"no such API")  # type: ignore[func-returns-value]
+        host.server.always["*"] = answering(404, b"no such API")
     done = host.sync(HTTP_TIMEOUT="0.5")
     assert done.returncode == 1 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -1112,7 +1113,7 @@ def test_lasting_trouble_is_in_the_log_every_hour(host: Host) -> None:
 def test_a_pause_ends_when_its_time_has_come(host: Host) -> None:
     """A corrupt download is fetched again after a minute, and after the second failure not before two more."""
     offer(host, "tool")
-    host.server.always[host.server.download_path("tool")] = lambda handler: handler.answer(200, b"tool!")  # type: ignore[func-returns-value]
+    host.server.always[host.server.download_path("tool")] = answering(200, b"tool!")
 
     def tried(minutes: int) -> bool:
         before = len(host.server.requests)
@@ -1178,7 +1179,7 @@ def test_what_bin_manager_says_cannot_forge_lines(host: Host) -> None:
     """One event is one line, on stderr and in the log; control characters are escaped wherever they are shown."""
     offer(host, "tool")
     words = "no\n[2020-01-01 00:00:00] tool: updated\r\x1b[31mred\x07\u2028\u202e\x00\ud800"
-    host.server.always["*"] = lambda handler: handler.answer(404, {"code": 7, "message": words})  # type: ignore[func-returns-value]
+    host.server.always["*"] = answering(404, {"code": 7, "message": words})
     done = host.sync()
     assert done.returncode == 1
     for text in (done.stderr, host.log()):
@@ -1196,7 +1197,7 @@ def test_what_bin_manager_says_cannot_forge_lines(host: Host) -> None:
 def test_names_that_the_terminal_cannot_show_are_no_traceback(host: Host, environment: dict[str, str]) -> None:
     """cron's locale is C: what it cannot print is escaped."""
     offer(host, "tool")
-    host.server.always["*"] = lambda handler: handler.answer(404, {"code": 7, "message": "nö €"})  # type: ignore[func-returns-value]
+    host.server.always["*"] = answering(404, {"code": 7, "message": "nö €"})
     done = host.sync(**environment)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
 

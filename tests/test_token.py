@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import require
+from tests.faults import answering
 from tests.host import SUPERVISORCTL, Host, good, md5, running_host
 from tests.pki import Pki
 from tests.proxy import Proxy
@@ -206,7 +207,7 @@ def test_the_token_is_nowhere_to_be_seen(source: str) -> None:
         assert done.returncode == 0, done.stderr
         assert "GET releases/latest/manager/md5" in outputs
         assert sent_to(host.server)[-1] in (f"Bearer {TOKEN}", BASIC)
-        host.server.always["*"] = lambda handler: handler.answer(403, {"code": 7, "message": "no"}) or False  # type: ignore[func-returns-value]
+        host.server.always["*"] = answering(403, {"code": 7, "message": "no"})
         done = host.sync("--json", **settings)
         outputs += done.stdout + done.stderr
         assert done.returncode == 1
@@ -230,7 +231,7 @@ def test_a_bin_manager_that_echoes_the_token(tool: Host, where: str) -> None:
     else:
         path = DOWNLOAD if where == "download" else BinManagerServer.md5_path("tool")
         answer = {"code": 401, "message": f"bad token {TOKEN}", "data": None}
-        tool.server.always[path] = lambda handler: handler.answer(401, answer) or False  # type: ignore[func-returns-value]
+        tool.server.always[path] = answering(401, answer)
     done = tool.sync()
     outputs = done.stdout + done.stderr
     assert done.returncode == 1
