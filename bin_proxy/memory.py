@@ -53,7 +53,6 @@ class Memory:
         parts: files of unfinished downloads.
         seen: the offered MD5 and the Unix time at which it was first seen, for --splay.
         updated_at: Unix time of the last change of the installed file.
-        lost: what was remembered could not be read, so this MD5, offered before ("*": any), may be a held one.
     """
 
     holds: list[Hold] = field(default_factory=list)
@@ -66,9 +65,8 @@ class Memory:
     parts: list[str] = field(default_factory=list)
     seen: dict[str, float] = field(default_factory=dict)
     updated_at: float | None = None
-    lost: str = ""
 
-    def hold(self, md5: str, reason: str, now: float, by: str) -> None:
+    def hold(self, md5: str, reason: str, now: float, by: str = "failure") -> None:
         """Hold `md5`; the last `HOLDS_KEPT` are kept."""
         self.release(md5)
         self.holds = [*self.holds, Hold(md5, reason, now, by)][-HOLDS_KEPT:]
@@ -120,6 +118,20 @@ class Record:
     phase: str = "activating"
     fault: str = ""
     reason: str = ""
+
+
+@dataclass
+class Memories:
+    """What state.json holds: by binary."""
+
+    memories: dict[str, Memory] = field(default_factory=dict)
+
+
+@dataclass
+class Pauses:
+    """What pauses.json holds: by binary, or "*" for the host."""
+
+    pauses: dict[str, Pause] = field(default_factory=dict)
 
 
 class Answer(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 from bin_proxy.memory import Memory, Record, Retry, Unwell
@@ -12,29 +13,19 @@ _HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What to do with one binary.
+class Result:
+    """What is to become of one binary, and then what became of it.
 
     Args:
-        outcome: "current", "update", "held" or "waiting".
+        name: of the binary.
+        outcome: as in `sync --json`; "update" until it was done.
         well: the binary is where it should be, or where an operator put it.
-        why: for people.
-        kind: of the trouble behind it, empty where there is none.
-        until: Unix time until which it waits, None where no date is the reason.
+        from_md5, to_md5: what is on the disk, or was; what is offered.
+        seconds: how long its activation took.
+        error: what is wrong and what to do, for people; None where all is well.
+        kind: of the trouble, to tell one from another; empty where there is none.
+        note: why, for a person who watches.
     """
-
-    outcome: str
-    well: bool
-    why: str
-    kind: str = ""
-    until: float | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one binary. `seconds` is how long its activation took; `kind` names the trouble, if there is one.
-
-    `error` says what is wrong, `note` what a person who watches wants to know besides."""
 
     name: str
     outcome: str
@@ -96,6 +87,7 @@ def splay_delay(host: str, longest: float) -> float:
 
 
 def decide(
+    name: str,
     offered: str,
     installed: str | None,
     memory: Memory,
@@ -103,37 +95,46 @@ def decide(
     *,
     retry_held: bool = False,
     splay: tuple[float, float] = (0.0, 0.0),
-) -> Decision:
+) -> Result:
     """Decide what a sync does with one binary.
 
     Args:
+        name: of the binary.
         offered: the MD5 that bin-manager names.
         installed: the MD5 of the file on disk, None where there is none.
         memory: what is remembered of the binary.
         now: Unix time.
         retry_held: an operator wants holds and pauses overridden.
         splay: this host's delay and the longest one, in seconds.
+
+    Returns:
+        "current", "failed" (its service is down), "update", "held" or "waiting".
     """
+
+    def result(outcome: str, why: str, kind: str = "", until: float | None = None) -> Result:
+        why += time.strftime("; until %H:%M:%S", time.localtime(until)) if until else ""
+        error = f"release {short(offered)} {outcome}: {why}; {way_out(name)}" if kind else None
+        return Result(name, outcome, not kind, installed, offered, 0.0, error, kind, why)
+
     if offered == installed:
-        return Decision("current", True, "it is the release that bin-manager names")
+        if memory.unwell:
+            return result("failed", memory.unwell.reason, "restart")
+        return result("current", "it is the release that bin-manager names")
     if not retry_held:
         held = next((hold for hold in memory.holds if hold.md5 == offered), None)
-        if held and held.by == "operator":
-            return Decision("held", True, held.reason)
-        if held or (installed and memory.lost == offered):
-            lost = "the state file could not be read, so it may have been held before"
-            return Decision("held", False, held.reason if held else lost, "release")
+        if held:
+            return result("held", held.reason, "" if held.by == "operator" else "release")
         if memory.unwell and memory.unwell.md5 == offered:
             why = f"{memory.unwell.reason}; neither it nor the previous release runs"
-            return Decision("waiting", False, why, "restart", memory.unwell.until)
+            return result("waiting", why, "restart", memory.unwell.until)
         retry = memory.retries.get(offered)
         if retry and not is_due(retry.until, now):
-            return Decision("waiting", False, retry.reason, retry.kind, retry.until)
+            return result("waiting", retry.reason, retry.kind, retry.until)
     delay, longest = splay
     due = memory.seen.get(offered, now) + delay
     if not is_due(due, now, longest):
-        return Decision("waiting", True, "its time within the splay has not come", "", due)
-    return Decision("update", True, "bin-manager names another release" if installed else "it is not installed")
+        return result("waiting", "its time within the splay has not come", until=due)
+    return result("update", "bin-manager names another release" if installed else "it is not installed")
 
 
 def judge(fault: str, *, had_previous: bool, healthy_before: bool, came_back: bool | None, strikes: int) -> str:

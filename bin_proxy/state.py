@@ -13,7 +13,7 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,11 +21,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from bin_proxy.atomic import fsync_folder, make_folder, temporary_of, write_atomically
 from bin_proxy.errors import host_errors
 from bin_proxy.manifest import parse_json
-from bin_proxy.memory import Cache, Memory, Pause, Record
+from bin_proxy.memory import Cache, Memories, Memory, Pause, Pauses, Record
 
 VERSION = 1
 _LARGEST = 64 * 1024 * 1024
-_KEYS = {"state.json": {"memories"}, "pauses.json": {"pauses"}}
 _END_OF_TIME = 1e11  # in the year 5138; no clock of ours wrote it, and no calendar can show what is far beyond
 
 
@@ -74,19 +73,24 @@ class State:
     def __init__(self, folder: str, known: tuple[str, ...]) -> None:
         self.folder = folder
         self.unreadable: list[tuple[str, str]] = []
+        self._content: dict[str, bytes] = {}  # of the files, as far as it is known
         self.cache: Cache = self._load("cache.json", Cache) or Cache()
-        found = self._load("state.json", dict[str, dict[str, Memory]]) or {}
-        self.memories: dict[str, Memory] = found.get("memories", {})
-        if any(file == "state.json" for file, _ in self.unreadable):
-            answers = self.cache.answers
-            self.memories = {name: Memory(lost=answers[name].md5 if name in answers else "*") for name in known}
-        self._saved = self._remembered()
+        found = self._load("state.json", Memories)
+        self.memories: dict[str, Memory] = found.memories if found else {}
+        self.lost = any(file == "state.json" for file, _ in self.unreadable)
+        if self.lost:
+            for name in set(known) & self.cache.answers.keys():
+                self.hold_blindly(name, self.cache.answers[name].md5)
         self.load_pauses()
         self.records: dict[str, Record | None] = {}
         with suppress(FileNotFoundError):
             for file in sorted(os.listdir(self._path("journal"))):
                 if file.endswith(".json"):
                     self.records[file.removesuffix(".json")] = self._load(f"journal/{file}", Record)
+
+    def hold_blindly(self, name: str, md5: str) -> None:
+        """Hold what was on offer while the memory was lost: it may have been held before."""
+        self.memory(name).hold(md5, "the state file could not be read, so it may have been held before", time.time())
 
     def _path(self, file: str) -> str:
         return os.path.join(self.folder, file)
@@ -102,11 +106,10 @@ class State:
                 data = parse_json(raw.decode())
                 if not isinstance(data, dict) or data.pop("version", None) != VERSION:
                     raise ValueError("it is of another version of bin-proxy")
-                if data.keys() != _KEYS.get(file, data.keys()):
-                    raise ValueError("it is not what bin-proxy writes")
                 found = decode(kind, data)
                 if kind is Record and file != f"journal/{found.name}.json":
                     raise ValueError(f"it is of {found.name[:140]!r}")
+                self._content[file] = raw
                 return found
             if os.path.islink(path):
                 raise ValueError("it is a link that leads nowhere")
@@ -115,9 +118,9 @@ class State:
         return None
 
     def set_aside(self) -> list[str]:
-        """Keep each unreadable file under another name, told once and in nobody's way.
+        """Keep each unreadable file under a second name, told once; the first is free to be written.
 
-        A record stays where it is besides: that something was begun is all that is known of it, and must not be lost.
+        A record stays as it is until it is resolved: that something was begun is all that is known of it.
 
         Returns:
             one line for each that was not told before.
@@ -132,18 +135,12 @@ class State:
                 aside = f"{path}.unreadable-{os.lstat(path).st_ino}"
                 if os.path.lexists(aside):
                     continue
-                if file.startswith("journal/"):
-                    os.link(path, aside, follow_symlinks=False)
-                else:
-                    os.rename(path, aside)
+                os.link(path, aside, follow_symlinks=False)
             lines.append(f"{path} cannot be read ({why}); kept as {aside}")
-            if file == "state.json":
-                self._saved = {}
             if file == "pauses.json":
                 lines[-1] += "; all binaries are paused until bin-proxy resume"
                 self.pauses["*"] = Pause("what was paused could not be read", time.time(), None)
                 self.save_pauses()
-        self.unreadable = []
         return lines
 
     def prepare(self) -> None:
@@ -168,8 +165,8 @@ class State:
 
     def load_pauses(self) -> None:
         """Read the operator's pauses, which may have come while a sync was at work."""
-        found = self._load("pauses.json", dict[str, dict[str, Pause]]) or {}
-        self.pauses: dict[str, Pause] = found.get("pauses", {})
+        found = self._load("pauses.json", Pauses)
+        self.pauses: dict[str, Pause] = found.pauses if found else {}
 
     def save_pauses(self) -> None:
         """Make the operator's pauses durable.
@@ -177,7 +174,7 @@ class State:
         Raises:
             HostError: they are as they were.
         """
-        self._write("pauses.json", {"pauses": {name: asdict(pause) for name, pause in self.pauses.items()}})
+        self._write("pauses.json", Pauses(self.pauses))
 
     def pause_of(self, name: str, now: float) -> tuple[Pause | None, str]:
         """The operator's pause of a binary, or of the whole host, in force at Unix time `now`, and what ends it."""
@@ -187,19 +184,14 @@ class State:
                 return pause, f"{what} ends it"
         return None, ""
 
-    def _remembered(self) -> dict[str, Any]:
-        return {name: asdict(memory) for name, memory in self.memories.items() if memory != Memory()}
-
     def save(self) -> None:
         """Make the memories durable, if they changed.
 
         Raises:
             HostError: they are as they were.
         """
-        memories = self._remembered()
-        if memories != self._saved:
-            self._write("state.json", {"memories": memories})
-            self._saved = memories
+        kept = {name: memory for name, memory in self.memories.items() if memory != Memory()}
+        self._write("state.json", Memories(kept))
 
     def save_cache(self, *, durable: bool) -> None:
         """Write the cache.
@@ -210,7 +202,7 @@ class State:
         Raises:
             HostError: it is as it was.
         """
-        self._write("cache.json", vars(self.cache), durable=durable)
+        self._write("cache.json", self.cache, durable=durable)
 
     def write_record(self, record: Record) -> None:
         """Make an update's record durable, new or changed.
@@ -218,7 +210,7 @@ class State:
         Raises:
             HostError: it is as it was.
         """
-        self._write(f"journal/{record.name}.json", asdict(record))
+        self._write(f"journal/{record.name}.json", record)
         self.records[record.name] = record
 
     def close_record(self, name: str) -> None:
@@ -234,7 +226,9 @@ class State:
             fsync_folder(os.path.dirname(path))
         self.records.pop(name, None)
 
-    def _write(self, file: str, content: dict[str, Any], *, durable: bool = True) -> None:
-        path = self._path(file)
-        with host_errors(f"write {path}"):
-            write_atomically(path, json.dumps({"version": VERSION, **content}).encode(), durable=durable)
+    def _write(self, file: str, content: Memories | Pauses | Cache | Record, *, durable: bool = True) -> None:
+        path, data = self._path(file), json.dumps({"version": VERSION, **vars(content)}, default=vars).encode()
+        if data != self._content.get(file):
+            with host_errors(f"write {path}"):
+                write_atomically(path, data, durable=durable)
+            self._content[file] = data

@@ -70,7 +70,6 @@ class Sync:
         self._tasks = [_Task(binary) for binary in binaries if not options.only or binary.name in options.only]
         self.state = State(settings.state_dir, tuple(self._binaries))
         self.results: dict[str, Result] = {}
-        self._recovered: dict[str, Result] = {}
         self._downloading: set[_Task] = set()
         self._ready: list[_Task] = []
         self._updater = Updater(settings, self.state, report)
@@ -123,9 +122,7 @@ class Sync:
             with self._signals.held():
                 result = self._updater.recover(name, record, self._binaries.get(name))
             if result:
-                self._recovered[name] = result
-                if name not in self._binaries:
-                    self.results[name] = result
+                self.results[name] = result
         if not self._options.only:
             for name, memory in self.state.memories.items():
                 if name not in self._binaries:
@@ -142,7 +139,7 @@ class Sync:
         if name in self.state.records:
             why = "an update was interrupted: the next sync finishes or undoes it first"
             unfinished = Result(name, "waiting", False, kind="recovery", error=why, note=why)
-            self._end(unfinished if self._options.dry_run else self._recovered[name])
+            self._end(unfinished if self._options.dry_run else self.results[name])
         elif not self._is_paused(name):
             self._workers.submit((self._consider, task), math.inf, lambda job: self._look(job, task))
 
@@ -170,39 +167,34 @@ class Sync:
         binary, slot, now, cache = task.binary, task.slot, time.time(), self.state.cache
         assert slot
         task.release = release
-        memory = self.state.memory(binary.name)
+        memory, dry_run = self.state.memory(binary.name), self._options.dry_run
+        if self.state.lost and binary.name not in cache.answers:
+            self.state.hold_blindly(binary.name, release.md5)
         cache.answers[binary.name] = Answer(binary.version, release.md5, now)
         if found := remember(slot):
             cache.digests[binary.path] = found
-        if memory.lost:  # only what was offered first may have been offered, and held, before
-            memory.lost = "" if slot.md5 == release.md5 else memory.lost.replace("*", release.md5)
         longest = self._options.splay
         delay = plan.splay_delay(_host(), longest) if longest else 0.0
-        new = bool(longest) and not self._options.dry_run and release.md5 not in memory.seen
+        new = bool(longest) and release.md5 not in memory.seen
         if slot.md5 == release.md5:
+            memory.release(release.md5)
             memory.seen = {}
         elif new:
             memory.seen = {release.md5: now}
         retry, splay = self._options.retry_held, (delay, longest)
-        decision = plan.decide(release.md5, slot.md5, memory, now, retry_held=retry, splay=splay)
-        if new and decision.outcome == "waiting" and decision.well:
+        result = plan.decide(binary.name, release.md5, slot.md5, memory, now, retry_held=retry, splay=splay)
+        if new and result.outcome == "waiting" and result.well and not dry_run:
             self._report.log(f"{binary.name}: {short(release.md5)} is due in {delay:.0f} s (splay)")
-        update = decision.outcome == "update"
+        update = result.outcome == "update"
         path = part_path(slot.target, binary.name, release.md5)
-        if not self._options.dry_run:
+        if not dry_run:
             self._drop_parts(memory, keep=path if update else None)
         if update:
             self._updater.preflight(binary, slot)
-            if not self._options.dry_run:
+            if not dry_run:
                 return self._stage(task, slot, release, memory, path)
-        if memory.unwell and decision.outcome == "current":
-            decision = replace(decision, outcome="failed", well=False, kind="restart", why=memory.unwell.reason)
-        until = f"; until {time.strftime('%H:%M:%S', time.localtime(decision.until))}" if decision.until else ""
-        why = decision.why + until
-        words = f"release {short(release.md5)} {decision.outcome}: {why}; {plan.way_out(binary.name)}"
-        told = None if decision.well else words
-        outcome = "updated" if update else decision.outcome
-        self._end(Result(binary.name, outcome, decision.well, slot.md5, release.md5, 0.0, told, decision.kind, why))
+            result = replace(result, outcome="updated")
+        self._end(result)
 
     def _stage(self, task: _Task, slot: Slot, release: Release, memory: Memory, path: str) -> None:
         if path not in memory.parts:
@@ -246,15 +238,15 @@ class Sync:
         if release and isinstance(error, CorruptDownload):
             memory.retries[release.md5] = plan.after_failure(memory, release.md5, error.kind, told, now)
         elif release and isinstance(error, ReleaseError):
-            memory.hold(release.md5, told, now, "failure")
+            memory.hold(release.md5, told, now)
             outcome = "held"
             told = f"release {short(release.md5)} is not installed and held: {told}; {plan.way_out(name)}"
         old, new = task.slot.md5 if task.slot else None, release.md5 if release else None
         self._end(Result(name, outcome, False, old, new, 0.0, told, error.kind))
 
     def _end(self, result: Result) -> None:
-        recovered = self._recovered.get(result.name)
-        if recovered and result.outcome != "updated" and not (recovered.well and not result.well):
+        recovered = self.results.get(result.name)
+        if recovered and result.outcome != "updated" and (result.well or not recovered.well):
             result = recovered
         self.results[result.name] = result
         by_operator = result.outcome == "held" and result.well

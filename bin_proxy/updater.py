@@ -131,8 +131,7 @@ class Updater:
     def _commit(self, record: Record, pids: dict[str, int]) -> Result:
         memory, now = self._state.memory(record.name), time.time()
         memory.release(record.new)
-        memory.unwell, memory.lost, memory.updated_at = None, "", now
-        memory.down = []
+        memory.unwell, memory.down, memory.updated_at = None, [], now
         if record.old and record.old != record.new:
             plan.leave(memory, record.old, now)
             if record.by == "operator":
@@ -178,8 +177,9 @@ class Updater:
             self._restore(record)
             so_far = "the previous release is restored, but its service is not"
             came_back, words, pids = self._resume(record, binary)
-        except BackupLost as error:
-            return self._stay(record, str(error))
+        except BackupLost as error:  # what is there stays, its restart is tried again, and the way forward is free
+            record.old = record.new = inspect(record.target).md5 or ""
+            record.fault, came_back, words, pids = "host", False, f"{error}, so {short(record.new)} stays", {}
         except (OSError, HostError) as error:
             words = f"{record.reason}; {so_far}: {error}; the next run goes on with it"
             return Result(record.name, "failed", False, record.old, record.new, error=words, kind="roll-back")
@@ -222,10 +222,9 @@ class Updater:
         strikes = memory.strikes.get(record.new, 0)
         had = {"had_previous": record.old is not None, "healthy_before": record.healthy}
         verdict = plan.judge(record.fault, **had, came_back=came_back, strikes=strikes)
-        plan.leave(memory, record.new, now)
         tries, kind = "", "host"
         if verdict == "hold":
-            memory.hold(record.new, record.reason, now, "failure")
+            memory.hold(record.new, record.reason, now)
             again = f"bin-proxy rollback {record.name} --to {short(record.new)} tries it again"
             tries = f"; held: {again if record.by == 'operator' else plan.way_out(record.name)}"
             kind = "release"
@@ -238,25 +237,17 @@ class Updater:
             memory.down = list(record.processes)
         elif came_back:
             memory.down = []
-        failed = f"release {short(record.new)} failed: " if record.new != record.old else ""
+        outcome, what, failed = "failed", f"kept {record.new}", ""
+        if record.new != record.old:
+            plan.leave(memory, record.new, now)
+            outcome, what = "rolled-back", f"rolled back {record.new} -> {record.old or '-'}"
+            failed = f"release {short(record.new)} failed: "
         seconds = now - record.since
-        what = f"rolled back {record.new} -> {record.old or '-'}, pid {_pids(record.processes)} -> {_pids(pids)}"
-        self._log(f"{record.name}: {what}, {seconds:.1f} s: {record.reason}; {words}")
+        pid = f"pid {_pids(record.processes)} -> {_pids(pids)}"
+        self._log(f"{record.name}: {what}, {pid}, {seconds:.1f} s: {record.reason}; {words}")
         error = f"{failed}{record.reason}; {words}{tries}"
-        result = Result(record.name, "rolled-back", False, record.old, record.new, seconds, error, kind)
+        result = Result(record.name, outcome, False, record.old, record.new, seconds, error, kind)
         return self._close(record, record.old, result)
-
-    def _stay(self, record: Record, why: str) -> Result:
-        """With nothing to go back to, what is there stays, its restart is tried again, and the way forward is free."""
-        memory, now = self._state.memory(record.name), time.time()
-        installed = inspect(record.target).md5
-        memory.unwell = plan.after_restart(record.new, 1, record.reason, now)
-        memory.down = list(record.processes)
-        words = f"release {short(record.new)} failed: {record.reason}; {why}, so {short(installed)} stays"
-        self._log(f"{record.name}: {words}")
-        seconds = now - record.since
-        result = Result(record.name, "failed", False, record.old, record.new, seconds, words, "restart")
-        return self._close(record, installed, result)
 
     def recover(self, name: str, record: Record | None, binary: Binary | None) -> Result | None:
         """Resolve an update that was interrupted.
