@@ -204,11 +204,7 @@ def rollback(context: Context, name: str, to: str | None) -> None:
 
     binaries = _manifest(settings, (name,))
     report = _report(context, settings, terminal=sys.stdout.isatty())
-    try:
-        echo(by_hand.roll_back(settings, binaries, name, to, report, Signals()))
-    finally:
-        if report.log_trouble:
-            echo(f"bin-proxy: {report.log_trouble}", err=True)
+    echo(by_hand.roll_back(settings, binaries, name, to, report, Signals()))
 
 
 @cli.command()

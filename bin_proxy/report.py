@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-import textwrap
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -22,17 +19,43 @@ if TYPE_CHECKING:
     from bin_proxy.staging import Part
 
 _HOUR = 3600.0
-_LOG_KEY = " LOG_FILE"
+# By metric: its words, and the outcomes of a binary for which it is 1.
+_GAUGES = {
+    "binary_current": ("1 where the binary is the release that bin-manager names.", ("current", "updated")),
+    "binary_held": ("1 where the release is held because it failed.", ("held", "rolled-back")),
+    "binary_held_by_operator": ("1 where an operator went back from the release.", ("held by operator",)),
+    "binary_failed": ("1 where the last sync could not do its work.", ("failed",)),
+    "binary_paused": ("1 where an operator paused it.", ("paused",)),
+}
+
+
+class Finding(NamedTuple):
+    """Something to be told: whether it is as it should be, the binary that it is of ("": the host), and the words."""
+
+    well: bool
+    name: str
+    text: str
+
+
+def merge(findings: Iterable[Finding]) -> Iterator[tuple[bool, str]]:
+    """What strikes many is one line: whether that is as it should be, and the line, with the names."""
+    struck: dict[tuple[bool, str], list[str]] = {}
+    for well, name, text in findings:
+        struck.setdefault((well, text), []).append(name)
+    for (well, text), names in struck.items():
+        who = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        yield well, f"{who}: {text}" if who else text
+
+
+def when(at: float) -> str:
+    """Unix time as people here read it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def echo(line: str, *, err: bool = False) -> None:
-    """Print one line, wrapped on a terminal, with whatever no terminal should obey escaped."""
-    line = clean(line)
-    if (sys.stderr if err else sys.stdout).isatty():
-        width = shutil.get_terminal_size().columns
-        line = textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    """Print one line, with whatever no terminal should obey escaped; not wrapped, so that a command can be copied."""
     with suppress(OSError):  # nobody listens any more, which is no reason to stop half-way
-        click.echo(line, err=err)
+        click.echo(clean(line), err=err)
 
 
 class Report:
@@ -48,8 +71,6 @@ class Report:
         self._path, self._terminal, self._verbose = log_file, terminal, verbose
         self._fd: int | None = None
         self._bar: Any = None
-        self._seen: dict[str, Part] = {}
-        self.log_trouble = ""
         self.notes: list[str] = []
 
     @contextmanager
@@ -61,20 +82,21 @@ class Report:
             self.notes.append(str(error))
 
     def log(self, line: str) -> None:
-        """Append a line to LOG_FILE; where that fails, `log_trouble` says why and the work goes on."""
+        """Append a line to LOG_FILE; where that fails, it is said, and the work goes on without a log."""
         try:
             if self._fd is None:
                 self._fd = _open_log(self._path)
-            stamp = time.strftime("[%Y-%m-%d %H:%M:%S]")
-            os.write(self._fd, f"{stamp} {clean(line)}\n".encode(errors="backslashreplace"))
+            os.write(self._fd, f"[{when(time.time())}] {clean(line)}\n".encode(errors="backslashreplace"))
         except OSError as error:
-            self.log_trouble = f"cannot write LOG_FILE {self._path}: {error.strerror}"
+            self._erase_bar()
+            echo(f"bin-proxy: cannot write LOG_FILE {self._path}: {error.strerror}", err=True)
+            self._fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
     def tell(self, line: str) -> None:
         """Say what is going on to a person who watches."""
         if self._verbose > 0 or (self._terminal and self._verbose == 0):
             self._erase_bar()
-            echo(line)
+            echo(line, err=self._verbose > 0)  # what --json prints stays alone
 
     def detail(self, line: str) -> None:
         """Say a detail to a person who asked for details."""
@@ -82,14 +104,13 @@ class Report:
             echo(line, err=True)
 
     def progress(self, parts: list[Part]) -> None:
-        """Show how far the downloads under way are; none takes the bar away."""
+        """Show how far the downloads of this run are; none takes the bar away."""
         if not parts:
             self._erase_bar()
-            self._bar, self._seen = None, {}
+            self._bar = None
         elif self._terminal and self._verbose >= 0:
-            self._seen |= {part.path: part for part in parts}
-            done = sum(part.offset for part in self._seen.values())
-            total = max(1, done, sum(part.total or 0 for part in self._seen.values()))
+            done = sum(part.offset for part in parts)
+            total = max(1, done, sum(part.total or 0 for part in parts))
             self._bar = self._bar or click.progressbar(length=total, label="downloading", width=0, show_pos=False)
             self._bar.length = total
             self._bar.update(done - self._bar.pos)
@@ -107,45 +128,26 @@ class Report:
             now: Unix time.
         """
         bad = {f"{result.name} {result.kind} {result.to_md5 or ''}": result for result in results if not result.well}
-        current = {key: (result.name, result.error or "") for key, result in bad.items()}
-        current |= {f" {text.split(':')[0]}": ("", text) for text in self.notes}
+        current = {key: Finding(False, result.name, result.error or "") for key, result in bad.items()}
+        current |= {f" {text.split(':')[0]}": Finding(False, "", text) for text in self.notes}
+        logged = {key for key, result in bad.items() if result.outcome == "rolled-back"}  # when it happened
         # Of a binary that is paused, or for which bin-manager did not answer, nobody knows whether a trouble is over.
         judged = {"", *(result.name for result in results if result.to_md5)}
-        self._log_ends(current, judged, cache, now)
-        known = dict(cache.troubles)
-        due = {key for key in current if key not in known or abs(now - known[key].logged) >= _HOUR}
-        due -= {key for key, result in bad.items() if result.outcome == "rolled-back"}  # logged when it happened
-        for line in _lines(current[key] for key in current if key in due):
-            self.log(line)
-        if self.log_trouble:
-            current[_LOG_KEY] = ("", self.log_trouble)
-        watched = self._terminal or self._verbose > 0
-        for line in _lines(current[key] for key in current if watched or key not in known):
-            echo(f"bin-proxy: {line}", err=True)
-        for key, (name, text) in current.items():
-            told = known.get(key, Trouble(name, text, now, now))
-            cache.troubles[key] = told._replace(text=text, logged=now if key in due else told.logged)
-
-    def _log_ends(self, current: Collection[str], judged: set[str], cache: Cache, now: float) -> None:
         for key, told in list(cache.troubles.items()):
-            if key in current or told.name not in judged:
-                continue
-            if key == _LOG_KEY and (self._fd is None or self.log_trouble):
-                continue  # where nothing was logged, nobody knows whether it is over
-            del cache.troubles[key]
-            minutes = max(0.0, now - told.since) / 60
-            self.log(f"{told.name or 'bin-proxy'}: over after {minutes:.0f} min: {told.text}")
-
-
-def _lines(troubles: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """One line for each text, with the names of those it strikes."""
-    struck: dict[str, list[str]] = {}
-    for name, text in troubles:
-        struck.setdefault(text, []).extend([name] if name else [])
-    for text, names in struck.items():
-        more = f" and {len(names) - 5} more" if len(names) > 6 else ""
-        who = ", ".join(names[:5] if more else names) + more
-        yield f"{who}: {text}" if who else text
+            if key not in current and told.name in judged:
+                del cache.troubles[key]
+                minutes = max(0.0, now - told.since) / 60
+                self.log(f"{told.name or 'bin-proxy'}: over after {minutes:.0f} min: {told.text}")
+        new = {key for key in current if key not in cache.troubles}
+        due = {key for key in current if key in new or abs(now - cache.troubles[key].logged) >= _HOUR}
+        for _, line in merge(current[key] for key in current if key in due - logged):
+            self.log(line)
+        watched = self._terminal or self._verbose > 0
+        for _, line in merge(current[key] for key in current if watched or key in new):
+            echo(f"bin-proxy: {line}", err=True)
+        for key, (_, name, text) in current.items():
+            known = cache.troubles.get(key, Trouble(name, text, now, now))
+            cache.troubles[key] = known._replace(text=text, logged=now if key in due else known.logged)
 
 
 def _open_log(path: str) -> int:
@@ -157,35 +159,26 @@ def _open_log(path: str) -> int:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
 
 
-def write_metrics(path: str, cache: Cache, names: list[str], paused: set[str]) -> None:
+def write_metrics(path: str, cache: Cache, names: list[str]) -> None:
     """Write METRICS_FILE for node_exporter's textfile collector, which reads it at any time.
 
     Args:
         path: the file; it gets mode 0644.
         cache: knows the last sync, and each binary's last outcome.
         names: of all binaries.
-        paused: those that an operator paused.
 
     Raises:
         HostError: it is as it was.
     """
-
-    def each(*outcomes: str) -> dict[str, float]:
-        return {f'{{binary="{name}"}}': float(cache.outcomes.get(name) in outcomes) for name in names}
-
     at, code = cache.last_sync or (0.0, 0)
-    gauges: list[tuple[str, str, dict[str, float]]] = [
-        ("last_sync_timestamp_seconds", "When the last sync ended.", {"": at}),
-        ("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code}),
-        ("binary_current", "1 where the binary is the release that bin-manager names.", each("current", "updated")),
-        ("binary_held", "1 where the release is held because it failed.", each("held", "rolled-back")),
-        ("binary_held_by_operator", "1 where an operator went back from the release.", each("held by operator")),
-        ("binary_failed", "1 where the last sync could not do its work.", each("failed")),
-        ("binary_paused", "1 where an operator paused it.", {f'{{binary="{n}"}}': float(n in paused) for n in names}),
-    ]
-    text = ""
-    for gauge, told, values in gauges:
-        text += f"# HELP bin_proxy_{gauge} {told}\n# TYPE bin_proxy_{gauge} gauge\n"
-        text += "".join(f"bin_proxy_{gauge}{label} {value:.17g}\n" for label, value in values.items())
+    text = _gauge("last_sync_timestamp_seconds", "When the last sync ended.", {"": at})
+    text += _gauge("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code})
+    for metric, (told, outcomes) in _GAUGES.items():
+        text += _gauge(metric, told, {f'{{binary="{name}"}}': cache.outcomes.get(name) in outcomes for name in names})
     with host_errors(f"write METRICS_FILE {path}"):
         write_atomically(path, text.encode(), durable=False)
+
+
+def _gauge(metric: str, told: str, values: Mapping[str, float]) -> str:
+    samples = "".join(f"bin_proxy_{metric}{label} {value:.17g}\n" for label, value in values.items())
+    return f"# HELP bin_proxy_{metric} {told}\n# TYPE bin_proxy_{metric} gauge\n{samples}"

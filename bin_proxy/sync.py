@@ -97,7 +97,7 @@ class Sync:
         while self._workers.busy() or self._ready:
             for (step, task), outcome in self._workers.results(0 if self._ready else 0.25):
                 self._take(step, task, outcome)
-            self._report.progress([task.part for task in self._downloading if task.part])
+            self._report.progress([task.part for task in self._tasks if task.part and self._downloading])
             if self._ready:
                 first = min(self._ready, key=self._tasks.index)
                 self._ready.remove(first)
@@ -293,8 +293,7 @@ class Sync:
         cache.last_sync = LastSync(now, exit_code(results, self._report.notes))
         with self._report.noting():
             if self._settings.metrics_file:
-                pauses = {name for name in self._binaries if self.state.pause_of(name, now)[0]}
-                write_metrics(self._settings.metrics_file, cache, list(self._binaries), pauses)
+                write_metrics(self._settings.metrics_file, cache, list(self._binaries))
         self._report.troubles(results, cache, now)
         try:
             self.state.save_cache(durable=any(result.seconds for result in results))
