@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from contextlib import suppress
 
 from bin_proxy.atomic import make_folder
 from bin_proxy.errors import HostError, UsageError, host_errors
@@ -12,9 +11,9 @@ from bin_proxy.guard import Signals, locked
 from bin_proxy.manifest import Binary
 from bin_proxy.memory import Pause
 from bin_proxy.plan import short
-from bin_proxy.report import Report
+from bin_proxy.report import Report, when
 from bin_proxy.settings import Settings
-from bin_proxy.slot import discard, inspect, part_path
+from bin_proxy.slot import inspect, part_path
 from bin_proxy.state import State
 from bin_proxy.updater import Updater
 
@@ -30,7 +29,7 @@ def roll_back(
         settings: every setting.
         binaries: the whole manifest.
         name: of the binary.
-        to: the MD5, or its beginning; None for the newest that is kept.
+        to: the MD5, or its beginning, of which the newest is taken; None for the newest that is kept.
         report: who is told.
         signals: held back meanwhile.
 
@@ -42,44 +41,34 @@ def roll_back(
         Busy: another run is at work for more than 60 s.
         HostError: nothing was changed, it was undone, or not all of it could be done.
     """
-    with locked(settings.state_dir, 60):
+    with locked(settings.state_dir, 60), signals.held():
         binary = next(binary for binary in binaries if binary.name == name)
         state = State(settings.state_dir, tuple(binary.name for binary in binaries))
         state.prepare()
-        for line in state.set_aside():
-            report.tell(line)
+        report.notes += state.set_aside()
         updater = Updater(settings, state, report)
-        with signals.held():
-            recovered = updater.recover(name, state.records[name], binary) if name in state.records else None
+        recovered = updater.recover(name, state.records[name], binary) if name in state.records else None
         if recovered and name in state.records:
             raise HostError(f"{name}: {recovered.error}")
-        slot = inspect(binary.path, None)
+        slot = inspect(binary.path)
         kept = [md5 for md5 in updater.backups_of(name) if md5 != slot.md5]
-        matching = kept[:1] if to is None else [md5 for md5 in kept if to and md5.startswith(to.lower())]
-        if len(matching) != 1:
-            there = f"kept are: {', '.join(kept)}" if kept else "no other release is kept"
-            raise UsageError(f"{name} cannot go back{f' to {to}' if to else ''}: {there}")
-        [md5] = matching
-        part = part_path(slot.target, name, md5)
-        with signals.held():
-            try:
-                updater.preflight(binary, slot)
-                state.memory(name).parts.append(part)
-                state.save()
-                updater.stage_backup(binary, slot, md5)
-                result = updater.activate(binary, slot, md5, "operator")
-            except HostError as error:
-                report.log(f"{name}: not rolled back to {md5}: {error}")
-                with suppress(HostError):  # the next sync removes it; what went wrong first is what is told
-                    discard(part)
-                raise
+        md5 = next((md5 for md5 in kept if md5.startswith((to or "").lower())), None)
+        if md5 is None:
+            raise UsageError(f"{name} cannot go back to {to or 'another release'}; kept: {', '.join(kept) or 'none'}")
+        try:
+            updater.preflight(binary, slot)
+            state.memory(name).parts.append(part_path(slot.target, name, md5))  # removed by the next sync if need be
+            state.save()
+            updater.stage_backup(binary, slot, md5)
+            result = updater.activate(binary, slot, md5, "operator")
+        except HostError as error:
+            report.log(f"{name}: not rolled back to {md5}: {error}")
+            raise
     if report.notes or not result.well:
         words = [result.error or f"it is back at {short(md5)}, but", *report.notes]
         raise HostError(f"{name}: {'; '.join(words)}")
-    done = f"{name}: back at {short(md5)} in {result.seconds:.1f} s"
-    left = short(result.from_md5)
-    lift = f"bin-proxy sync --only {name} --retry-held, or bin-proxy rollback {name} --to {left}"
-    return f"{done}; {left} is held until {lift}" if result.from_md5 else done
+    left = f"{short(result.from_md5)} is held until bin-proxy sync --only {name} --retry-held"
+    return f"{name}: back at {short(md5)} in {result.seconds:.1f} s" + (f"; {left}" if result.from_md5 else "")
 
 
 def _seconds(duration: str) -> float:
@@ -112,9 +101,8 @@ def pause(settings: Settings, names: tuple[str, ...], reason: str, duration: str
     state = State(settings.state_dir, ())
     state.pauses |= dict.fromkeys(names or ("*",), Pause(reason, now, until))
     state.save_pauses()
-    end = "" if until is None else time.strftime(" until %Y-%m-%d %H:%M:%S", time.localtime(until))
-    what, way_out = ", ".join(names) or "all binaries of this host", " ".join(["bin-proxy resume", *names])
-    return f"{what}: paused{end}; {way_out} ends it"
+    end = f" until {when(until)}" if until else ""
+    return f"{', '.join(names) or 'the whole host'}: paused{end}; {' '.join(['bin-proxy resume', *names])} ends it"
 
 
 def resume(settings: Settings, names: tuple[str, ...]) -> list[str]:
@@ -127,11 +115,11 @@ def resume(settings: Settings, names: tuple[str, ...]) -> list[str]:
         HostError: it cannot be remembered.
     """
     state = State(settings.state_dir, ())
-    ended = [name for name in names or ("*",) if state.pauses.pop(name, None)]
+    names = names or ("*",)
+    ended = [name for name in names if state.pauses.pop(name, None)]
     if ended:
         state.save_pauses()
-    words = {"*": "the whole host"}
-    lines = [f"{words.get(name, name)}: {'resumed' if name in ended else 'was not paused'}" for name in names or ("*",)]
+    lines = [f"{name}: {'resumed' if name in ended else 'was not paused'}" for name in names]
     if state.pauses:
-        lines.append(f"still paused: {', '.join(words.get(name, name) for name in state.pauses)}")
-    return lines
+        lines.append(f"still paused: {', '.join(state.pauses)}")
+    return [line.replace("*", "the whole host") for line in lines]
