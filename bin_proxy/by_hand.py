@@ -105,21 +105,17 @@ def pause(settings: Settings, names: tuple[str, ...], reason: str, duration: str
     return f"{', '.join(names) or 'the whole host'}: paused{end}; {' '.join(['bin-proxy resume', *names])} ends it"
 
 
-def resume(settings: Settings, names: tuple[str, ...]) -> list[str]:
+def resume(settings: Settings, names: tuple[str, ...]) -> str:
     """End the pause of binaries, or that of the whole host where no names are given.
 
     Returns:
-        what to tell.
+        what to tell: what is paused now.
 
     Raises:
         HostError: it cannot be remembered.
     """
     state = State(settings.state_dir, ())
-    names = names or ("*",)
-    ended = [name for name in names if state.pauses.pop(name, None)]
-    if ended:
-        state.save_pauses()
-    lines = [f"{name}: {'resumed' if name in ended else 'was not paused'}" for name in names]
-    if state.pauses:
-        lines.append(f"still paused: {', '.join(state.pauses)}")
-    return [line.replace("*", "the whole host") for line in lines]
+    for name in names or ("*",):
+        state.pauses.pop(name, None)
+    state.save_pauses()
+    return f"still paused: {', '.join(state.pauses).replace('*', 'the whole host') or 'nothing'}"

@@ -240,8 +240,7 @@ def resume(context: Context, names: tuple[str, ...]) -> None:
     """
     from bin_proxy import by_hand
 
-    for line in by_hand.resume(_settings(context), names):
-        echo(line)
+    echo(by_hand.resume(_settings(context), names))
 
 
 @cli.command()
