@@ -136,7 +136,7 @@ def sync(
         try:
             run.run()
         finally:
-            report.progress([])
+            report.progress(0, 0)
         order = {binary.name: at for at, binary in enumerate(binaries)}
         results = sorted(run.results.values(), key=lambda result: order.get(result.name, len(order)))
         code = exit_code(results, report.notes) if dry_run else run.finish(results)

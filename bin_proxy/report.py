@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
@@ -14,9 +14,6 @@ from bin_proxy.atomic import write_atomically
 from bin_proxy.errors import HostError, clean, host_errors
 from bin_proxy.memory import Cache, Trouble
 from bin_proxy.plan import Result
-
-if TYPE_CHECKING:
-    from bin_proxy.staging import Part
 
 _HOUR = 3600.0
 # By metric: its words, and the outcomes of a binary for which it is 1.
@@ -84,8 +81,7 @@ class Report:
     def log(self, line: str) -> None:
         """Append a line to LOG_FILE; where that fails, it is said, and the work goes on without a log."""
         try:
-            if self._fd is None:
-                self._fd = _open_log(self._path)
+            self._fd = self._fd or _open_log(self._path)
             os.write(self._fd, f"[{when(time.time())}] {clean(line)}\n".encode(errors="backslashreplace"))
         except OSError as error:
             self._erase_bar()
@@ -103,16 +99,14 @@ class Report:
         if self._verbose > 0:
             echo(line, err=True)
 
-    def progress(self, parts: list[Part]) -> None:
-        """Show how far the downloads of this run are; none takes the bar away."""
-        if not parts:
+    def progress(self, done: int, total: int) -> None:
+        """Show how many of the bytes of this run's downloads are there; 0 of 0 takes the bar away."""
+        if not done and not total:
             self._erase_bar()
             self._bar = None
         elif self._terminal and self._verbose >= 0:
-            done = sum(part.offset for part in parts)
-            total = max(1, done, sum(part.total or 0 for part in parts))
-            self._bar = self._bar or click.progressbar(length=total, label="downloading", width=0, show_pos=False)
-            self._bar.length = total
+            self._bar = self._bar or click.progressbar(length=1, label="downloading", width=0, show_pos=False)
+            self._bar.length = max(done, total)
             self._bar.update(done - self._bar.pos)
 
     def _erase_bar(self) -> None:

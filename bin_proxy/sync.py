@@ -97,7 +97,8 @@ class Sync:
         while self._workers.busy() or self._ready:
             for (step, task), outcome in self._workers.results(0 if self._ready else 0.25):
                 self._take(step, task, outcome)
-            self._report.progress([task.part for task in self._tasks if task.part and self._downloading])
+            parts = [task.part for task in self._tasks if task.part and self._downloading]
+            self._report.progress(sum(part.offset for part in parts), sum(part.total or 0 for part in parts))
             if self._ready:
                 first = min(self._ready, key=self._tasks.index)
                 self._ready.remove(first)
