@@ -19,7 +19,7 @@ from click import Context
 from bin_proxy import __version__
 from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean, host_error
 from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.report import Report, echo
+from bin_proxy.report import Report, echo, merge
 from bin_proxy.settings import TABLE, Settings, load_settings, number
 
 _EPILOG = f"""A setting may come from an option, the environment or the config file (NAME=value
@@ -170,18 +170,17 @@ def status(context: Context, only: tuple[str, ...], offline: bool, as_json: bool
 
     settings = _settings(context)
     binaries = tuple(b for b in _manifest(settings, only) if not only or b.name in only)
-    views, last_sync = survey(settings, binaries, offline=offline)
+    views, state = survey(settings, binaries, offline=offline)
+    findings = [finding for view in views for finding in view.findings]
     if as_json:
-        click.echo(json.dumps(to_json(views, last_sync), indent=2))
+        click.echo(json.dumps(to_json(views, state.cache.last_sync), indent=2))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
         for line in table(views, width):
             click.echo(line, color=False if "NO_COLOR" in os.environ else None)
-        for view in views:
-            for _, text in view.findings:
-                echo(f"{view.row['name']}: {text}")
-        echo(f"last sync: {judge_last_sync(last_sync)[1]}")
-    return int(check and not all(view.well for view in views))
+        for _, line in (*merge(findings), judge_last_sync(state.cache.last_sync)):
+            echo(line)
+    return int(check and not all(finding.well for finding in findings))
 
 
 @cli.command()
