@@ -63,7 +63,7 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str]]:
     for row in (view.row for view in views):
         if row["latestMd5"]:
             yield True, f"bin-manager: {row['name']}: {row['version']} is {row['latestMd5']}"
-        if row["service"] and row["service"]["state"] not in (None, *DEAD):
+        if row["service"] and row["service"]["state"] not in DEAD:
             yield True, f"service: {row['service']['name']} is {row['service']['state']}"
     yield from merge(finding for view in views for finding in view.findings)
     for trouble in state.cache.troubles.values():

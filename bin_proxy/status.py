@@ -160,14 +160,14 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
 def _explain(row: dict[str, Any], way_out: str, *, by_operator: bool, splayed: bool) -> Iterator[tuple[bool, str]]:
     """Why the binary is as it is and what to type next, each with whether that is as it should be."""
     again, state, service = f"bin-proxy sync --only {row['name']}", row["state"], row["service"]
-    if pause := row["paused"]:
+    if state == "interrupted":
+        yield False, f"an update was cut off: {again} finishes or undoes it"
+    elif pause := row["paused"]:
         until = f" until {pause['until']}" if pause["until"] else ""
         yield True, f"paused since {pause['since']}{until} ({pause['reason'] or 'no reason given'}): {way_out}"
-    elif hold := row["held"]:
+    elif (hold := row["held"]) and state != "updating":
         why = f"{hold['md5'][:8]} is held since {hold['since']}: {hold['reason']}"
         yield by_operator, f"{why}; to try it again: {again} --retry-held"
-    elif state == "interrupted":
-        yield False, f"an update was cut off: {again} finishes or undoes it"
     elif state in ("unknown", "missing", "outdated") and not row["error"]:
         release = (row["latestMd5"] or "")[:8] or "what bin-manager names"
         yield splayed, f"the next sync installs {release}; now: {again}"
