@@ -8,13 +8,8 @@ import ssl
 from bin_proxy.errors import UsageError, cause
 from bin_proxy.settings import Settings
 
-# Where Debian, RHEL, SUSE and Alpine keep the store that curl uses.
-_HOST_STORES = (
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-)
+# Where Debian and Alpine, RHEL, and SUSE keep the store that curl uses.
+_HOST_STORES = "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"
 
 
 def certificates(settings: Settings) -> str | bool:
