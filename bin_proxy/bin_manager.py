@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -18,7 +17,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinManagerError, CorruptDownload, Unreachable, cause
+from bin_proxy.errors import BinManagerError, Unreachable, cause
 from bin_proxy.manifest import Binary, parse_json
 from bin_proxy.settings import Settings
 from bin_proxy.tls import certificates
@@ -31,8 +30,6 @@ _TRIES = 3
 _LARGEST_ANSWER = 256 * 1024
 _CHUNK = 512 * 1024
 _REDIRECTS = 5
-# What a release tells of itself; all but the MD5 may be absent or null.
-_FIELDS = {"md5": (str, "[0-9a-f]{32}"), "sha256": (str, "[0-9a-f]{64}"), "size": (int, "[0-9]{1,18}")}
 
 
 @dataclass(frozen=True)
@@ -46,24 +43,10 @@ class Release:
 
 @dataclass(eq=False)
 class _Failed(Exception):
-    """A try failed.
-
-    Args:
-        error: what to raise if it was the last.
-        after: the pause in seconds that the server asks for.
-        again: another try may mend it.
-        common: it strikes every binary alike, so that the others need not find out by themselves.
-    """
+    """A try failed with `error`; the next makes sense `after` so many seconds: infinitely many mean never."""
 
     error: BinManagerError
     after: float = 0.0
-    again: bool = True
-    common: bool = False
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 class BinManager:
@@ -72,40 +55,34 @@ class BinManager:
     Args:
         settings: the URL, the credentials, the timeouts and the number of requests side by side.
         tell: called with one line about each request, for --verbose; the lines hold no secret.
+        until: called with the time (of the monotonic clock) at which what the thread does next must be over, and with
+            infinity when it is: headers that drip and a name server that is silent escape every timeout.
     """
 
-    def __init__(self, settings: Settings, tell: Callable[[str], None] = lambda line: None) -> None:
-        self._settings, self._tell = settings, tell
-        parts = urlsplit(settings.api)
-        self._where = parts.netloc.rpartition("@")[2]
-        self._api = parts._replace(netloc=self._where).geturl()
-        pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-        basic = f"Basic {b64encode(pair.encode()).decode()}" if parts.username is not None else ""
-        self._authorization = f"Bearer {settings.token}" if settings.token else basic
+    def __init__(self, settings: Settings, tell: Callable[[str], None], until: Callable[[float], None]) -> None:
+        self._settings, self._tell, self._until = settings, tell, until
         self._verify = certificates(settings)
-        with_key = (settings.client_cert, settings.client_key)
-        self._cert = with_key if settings.client_key else settings.client_cert or None
+        cert = settings.client_cert
+        self._cert = (cert, settings.client_key or cert) if cert else None
         # No session: it would take credentials from .netrc, keep cookies, and read the whole body of each redirect.
         self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=settings.jobs)
-        self._home: tuple[str, str | None, int | None] | None = None  # as sent: a host is written in several ways
-        self._proxies = get_environ_proxies(self._api)  # once, not for each request
-        self._answered, self._silences, self._patience = False, count(1), settings.http_timeout
-        self._down: BinManagerError | None = None
+        self._home = ""  # scheme, host and port as sent: a host is written in several ways
+        self._safe = {"https", urlsplit(settings.api).scheme}
+        self._proxies = get_environ_proxies(settings.api)  # once, not for each request
+        self._unanswered = 0  # requests in a row, whichever binary they were for
 
     def latest(self, binary: Binary) -> Release:
         """Ask for the release that `binary` should be.
 
         Raises:
-            Unreachable: no answer, after retries; asking for other binaries is then not tried again in this run.
+            Unreachable: no answer, after retries.
             BinManagerError: an answer that is not a release.
         """
         deadline = time.monotonic() + 3 * self._settings.http_timeout
 
         def ask() -> Release:
             with self._get(f"releases/{binary.version}/{binary.name}/md5", {}) as response:
-                if response.status_code != 200:
-                    raise self._refusal(response, deadline)
-                return _parse_release(self._read(response, deadline))
+                return _parse_release(_read(response))
 
         return self._retrying(ask, deadline)
 
@@ -122,140 +99,121 @@ class BinManager:
 
         def fetch() -> None:
             start = part.offset
-            # For a cache in between: the path is the same for every release of that version.
-            headers = {"X-Release-MD5": release.md5, **({"Range": f"bytes={start}-"} if start else {})}
-            with self._get(f"releases/{binary.version}/{binary.name}/download", headers) as response:
-                status, told = response.status_code, response.headers.get("Content-Range", "")
-                if status == 416 or (status == 206 and not told.startswith(f"bytes {start}-")):
-                    part.restart()  # so that the next try asks for the whole
-                    text = "bin-manager does not send the rest of a download that was asked for"
-                    raise _Failed(BinManagerError(text))
-                if status not in (200, 206):
-                    raise self._refusal(response, deadline)
-                total = _expected(response, start, release)
-                if status == 200 and start:
+            headers = {"X-Release-MD5": release.md5}  # for a cache in between: all releases share the path
+            if start:
+                headers["Range"] = f"bytes={start}-"
+            path = f"releases/{binary.version}/{binary.name}/download"
+            with self._get(path, headers) as response:
+                goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+                if start and not goes_on:
                     part.restart()
-                if total is not None:
-                    part.expect(total)
-                for chunk in self._chunks(response, deadline):
+                if response.status_code != 200 and not goes_on:  # the next try asks for the whole
+                    raise _Failed(Unreachable("bin-manager does not send the rest of a download that was asked for"))
+                if response.raw.length_remaining is not None:
+                    part.expect(part.offset + response.raw.length_remaining)
+                # read1 hands out what has arrived, so that a slow link loses nothing when it drops (urllib3 2).
+                read = getattr(response.raw, "read1", response.raw.read)
+                while chunk := read(_CHUNK, decode_content=False):
                     part.write(chunk)
-                if total is not None and part.offset < total:
-                    text = f"bin-manager at {self._where} closed the connection in the middle of a download"
-                    raise _Failed(Unreachable(text))
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
 
         self._retrying(fetch, deadline, lambda: part.offset)
 
     def _retrying(self, action: Callable[[], _T], deadline: float, progress: Callable[[], int] = lambda: 0) -> _T:
         """Call `action` until it succeeds; give up after a few failures in a row between which nothing progressed."""
-        if self._down:
-            raise self._down
         failures, seen = 0, progress()
+        self._until(deadline + 1)
         while True:
             try:
-                return action()
+                result = action()
+                self._until(math.inf)
+                return result
             except _Failed as error:
                 failed = error
             except BinManagerError as error:
-                failed = _Failed(error, again=False)
+                failed = _Failed(error, math.inf)
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 failed = self._translated(error)
-            secret = self._authorization.partition(" ")[2]  # which a server may have echoed
-            told = type(failed.error)(str(failed.error).replace(secret, "***")) if secret else failed.error
             failures = 1 if progress() > seen else failures + 1
             seen = progress()
             pause = max(failed.after, 0.15 * 2**failures)
-            too_long = pause > self._settings.http_timeout or time.monotonic() + pause > deadline
-            if failures == _TRIES or too_long or not failed.again:
-                self._down = told if failed.common else self._down
-                raise told
+            told = str(failed.error)
+            if self._settings.token:  # which a server may have echoed
+                told = told.replace(self._settings.token, "***")
+            too_late = pause > self._settings.http_timeout or time.monotonic() + pause > deadline
+            if failures == _TRIES or too_late or self._answers_nobody():
+                raise type(failed.error)(told)
             self._tell(f"{told}; trying again in {pause:.1f} s")
             time.sleep(pause)
+
+    def _answers_nobody(self) -> bool:
+        """Whether so many requests in a row failed that the others get a single try and less time.
+
+        None goes unasked, as the trouble may be that of the first few alone; nor do hundreds wait in vain for long.
+        """
+        return self._unanswered > 2 * self._settings.jobs
 
     def _translated(self, error: Exception) -> _Failed:
         """What went wrong on the way, from the first byte of the request to the last of the body."""
         request = getattr(error, "request", None)
-        url = str(request.url) if request is not None else self._api
-        own = not self._home or _origin(url) == self._home  # else it is not bin-manager's fault that this binary fails
-        where = (
-            f"bin-manager at {self._where}"
-            if own
-            else f"{urlsplit(url).netloc.rpartition('@')[2]}, to which bin-manager redirects,"
-        )
-        again, common = True, own
-        if isinstance(error, requests.exceptions.SSLError):
-            text, again = f"TLS with {where} failed: {cause(error)}", "CERTIFICATE_VERIFY_FAILED" not in str(error)
-        elif isinstance(error, (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)):
-            text, again, common = f"bin-manager at {self._where} does not answer in time", False, False
-            # A server that answers nobody would cost every binary a timeout, so after a few the others get less.
-            if next(self._silences) >= self._settings.jobs and not self._answered:
-                self._patience = self._settings.http_timeout / 5
-        elif isinstance(error, ValueError):  # a hostile Location, among others
-            return _Failed(BinManagerError(f"bin-manager's answer cannot be followed: {cause(error)}"), again=False)
-        else:
-            refused = isinstance(error, requests.exceptions.ConnectionError)
-            refused = refused and not isinstance(next(iter(error.args), None), urllib3.exceptions.ProtocolError)
-            what, common = "cannot be reached" if refused else "dropped the connection", own and refused
-            text = f"{where} {what}: {cause(error)}"
-        return _Failed(Unreachable(text), again=again, common=common)
+        where = urlsplit(str(request.url) if request is not None else self._settings.api).netloc.rpartition("@")[2]
+        if isinstance(error, (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
+            return _Failed(Unreachable(f"bin-manager does not answer in time at {where}"), math.inf)
+        tls = isinstance(error, requests.exceptions.SSLError)
+        what = "TLS with bin-manager fails" if tls else "bin-manager cannot be reached"
+        return _Failed(Unreachable(f"{what} at {where}: {cause(error)}"))
 
     def _get(self, path: str, headers: dict[str, str]) -> requests.Response:
-        """GET `path`, redirects followed; the credentials go to the API's own origin alone."""
-        url, safe = f"{self._api}/{path}", {"http", "https"}
-        always = {"User-Agent": f"bin-proxy/{__version__}", "Accept-Encoding": "identity"}
+        """GET `path`, redirects followed; the token goes to the API's own origin alone."""
+        url = f"{self._settings.api}/{path}"
+        headers |= {"User-Agent": f"bin-proxy/{__version__}", "Accept-Encoding": "identity"}
         for _ in range(_REDIRECTS + 1):
             # Judged as it will be sent: two parsers that read one address differently would send the token astray.
-            request = requests.Request("GET", url, {**always, **headers}).prepare()
+            request = requests.Request("GET", url, headers).prepare()
             url = str(request.url)
-            origin = _origin(url)
-            if origin[0] not in safe:
+            parts = urlsplit(url)
+            if parts.scheme not in self._safe:
                 raise BinManagerError("bin-manager redirects to something that is neither http nor as safe as https")
-            safe &= {origin[0], "https"}
+            origin = f"{parts.scheme}://{parts.netloc}"
             self._home = self._home or origin
-            if self._authorization and origin == self._home:
-                request.headers["Authorization"] = self._authorization
-            how = (
-                self._patience,
-                self._verify,
-                self._cert,
-                self._proxies if origin == self._home else get_environ_proxies(url),
-            )
-            response = self._adapter.send(request, True, *how)
-            self._answered, self._patience = True, self._settings.http_timeout
+            own = origin == self._home
+            if self._settings.token and own:
+                request.headers["Authorization"] = f"Bearer {self._settings.token}"
+            timeout = self._settings.http_timeout / (5 if self._answers_nobody() else 1)
+            proxies = self._proxies if own else get_environ_proxies(url)
+            self._unanswered += 1
+            response = self._adapter.send(request, True, timeout, self._verify, self._cert, proxies)
+            self._unanswered = 0
             if not response.is_redirect:
                 break
             response.close()
             url = urljoin(url, response.headers["Location"])
         else:
             raise BinManagerError(f"bin-manager redirects more than {_REDIRECTS} times")
-        self._tell(f"GET {path}: HTTP {response.status_code}")
-        if response.status_code == 429 or response.status_code >= 500:
-            with response:
-                error = self._refusal(response, time.monotonic() + self._settings.http_timeout)
-                raise _Failed(error, after=_retry_after(response))
+        status = response.status_code
+        self._tell(f"GET {path}: HTTP {status}")
+        if status not in ((200, 206, 416) if "Range" in headers else (200,)):
+            passing = status == 429 or status >= 500
+            raise _Failed(_refusal(response), _retry_after(response) if passing else math.inf)
         return response
 
-    def _refusal(self, response: requests.Response, deadline: float) -> BinManagerError:
-        """What an answer that is no success says, as far as it comes: its status alone is worth telling."""
-        body = b""
-        with suppress(BinManagerError, OSError, urllib3.exceptions.HTTPError):
-            body = self._read(response, deadline)
-        return _failure(response.status_code, body)
 
-    def _chunks(self, response: requests.Response, deadline: float) -> Iterator[bytes]:
-        # read1 hands out what has arrived, so that a slow link loses nothing when it drops (urllib3 before 2: read).
-        read = getattr(response.raw, "read1", response.raw.read)
-        while chunk := read(_CHUNK, decode_content=False):
-            yield chunk
-            if time.monotonic() > deadline:
-                raise Unreachable(f"bin-manager at {self._where} is too slow: the time for this request is over")
+def _read(response: requests.Response) -> bytes:
+    body = b""
+    while chunk := response.raw.read(_LARGEST_ANSWER, decode_content=False):
+        body += chunk
+        if len(body) > _LARGEST_ANSWER:
+            raise BinManagerError(f"bin-manager's answer is larger than {_LARGEST_ANSWER} bytes")
+    return body
 
-    def _read(self, response: requests.Response, deadline: float) -> bytes:
-        body = b""
-        for chunk in self._chunks(response, deadline):
-            body += chunk
-            if len(body) > _LARGEST_ANSWER:
-                raise BinManagerError(f"bin-manager's answer is larger than {_LARGEST_ANSWER} bytes")
-        return body
+
+def _refusal(response: requests.Response) -> BinManagerError:
+    """What an answer that is no success says, as far as it comes: its status alone is worth telling."""
+    body = b""
+    with response, suppress(BinManagerError, OSError, urllib3.exceptions.HTTPError):
+        body = _read(response)
+    return _failure(response.status_code, body)
 
 
 def _retry_after(response: requests.Response) -> float:
@@ -268,13 +226,12 @@ def _retry_after(response: requests.Response) -> float:
 
 def _failure(status: int, body: bytes) -> BinManagerError:
     """An answer that is no success, with the code and message that came."""
-    told = ""
+    told = f"bin-manager answered HTTP {status}"
     with suppress(ValueError, AttributeError):
         answer = parse_json(body.decode())
-        words = [f"code {str(answer['code'])[:40]}"] if answer.get("code") is not None else []
-        words += [str(answer["message"])[:200]] if answer.get("message") else []
-        told = f" ({': '.join(words)})" if words else ""
-    return BinManagerError(f"bin-manager answered HTTP {status}{told}")
+        for key in ("code", "message"):
+            told += f", {key} {str(answer[key])[:200]}" if answer.get(key) is not None else ""
+    return BinManagerError(told)
 
 
 def _parse_release(body: bytes) -> Release:
@@ -289,31 +246,12 @@ def _parse_release(body: bytes) -> Release:
         raise BinManagerError(f"bin-manager answered HTTP 200 with something that is not JSON: {error}") from None
     if not isinstance(answer, dict) or type(answer.get("code")) is not int or answer["code"] not in (0, 200):
         raise _failure(200, body)
-    data = answer.get("data")
-    if not isinstance(data, dict):
-        raise BinManagerError("bin-manager answered HTTP 200 without data")
+    data = answer["data"] if isinstance(answer.get("data"), dict) else {}
     found: dict[str, str | None] = {}
-    for key, (kind, pattern) in _FIELDS.items():
-        value = data.get(key)
-        match = re.fullmatch(pattern, str(value).strip().lower()) if type(value) is kind else None
-        if not match and (value is not None or key == "md5"):
-            raise BinManagerError(f"bin-manager answered HTTP 200 with a {key} that is none: {str(value)[:80]!r}")
-        found[key] = match and match[0]
-    return Release(str(found["md5"]), found["sha256"], data.get("size"))
-
-
-def _expected(response: requests.Response, start: int, release: Release) -> int | None:
-    """How many bytes the whole release has; None where neither the headers nor bin-manager's answer tell."""
-    if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
-        raise BinManagerError("bin-manager sent the download compressed, though asked not to")
-    length = re.fullmatch(r"[0-9]{1,15}", response.headers.get("Content-Length", ""))
-    partial = response.status_code == 206
-    told = re.fullmatch(r"bytes [0-9-]*/([0-9]{1,15})", response.headers.get("Content-Range", ""))
-    total = release.size
-    if partial and told:
-        total = int(told[1])
-    elif length:
-        total = int(length[0]) + (start if partial else 0)
-    if release.size not in (None, total):
-        raise CorruptDownload(f"bin-manager announced {release.size} bytes and sends {total}")
-    return total
+    for key, pattern in (("md5", "[0-9a-f]{32}"), ("sha256", "[0-9a-f]{64}"), ("size", "[0-9]{1,18}")):
+        text = str(data.get(key)).strip().lower()
+        absent = data.get(key) is None and key != "md5"
+        if not absent and not re.fullmatch(pattern, text):
+            raise BinManagerError(f"bin-manager answered HTTP 200 with a {key} that is none: {text[:80]!r}")
+        found[key] = None if absent else text
+    return Release(str(found["md5"]), found["sha256"], int(found["size"]) if found["size"] else None)

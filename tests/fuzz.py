@@ -105,18 +105,10 @@ def parse_answer(raw: bytes) -> None:
 
 
 def parse_headers(raw: bytes) -> None:
-    """Retry-After, Content-Range, Content-Length and Content-Encoding of a hostile server, a line each."""
-    values = [*raw.decode("latin-1").split("\n"), "", "", "", ""]
+    """Retry-After of a hostile server, a line each."""
     response = requests.Response()
-    for response.status_code in (200, 206):
-        names = ("Retry-After", "Content-Range", "Content-Length", "Content-Encoding")
-        response.headers.update(zip(names, values, strict=False))
+    for response.headers["Retry-After"] in raw.decode("latin-1").split("\n"):
         assert bin_manager._retry_after(response) >= 0
-        try:
-            total = bin_manager._expected(response, 7, bin_manager.Release(MD5))
-        except BinManagerError:
-            continue
-        assert total is None or total >= 0
 
 
 def parse_state(raw: bytes) -> None:
@@ -191,10 +183,10 @@ PARSERS: dict[str, Parser] = {
         parse_headers,
         (),
         (
-            b"120\nbytes 7-9/10\n3\nidentity",
-            b"Wed, 21 Oct 2065 07:28:00 GMT\nbytes 7-9/*\n10\n",
-            b"Sun Nov  6 08:49:37 1994\nbytes */10\n0\ngzip",
-            b"Wed, 21 Oct 2065 07:28:00 +9999\nbytes 7-9/10\n3\n",
+            b"120\n",
+            b"Wed, 21 Oct 2065 07:28:00 GMT\n",
+            b"Sun Nov  6 08:49:37 1994\n",
+            b"Wed, 21 Oct 2065 07:28:00 +9999\n",
         ),
     ),
     "state": Parser(parse_state, (HostError,), (*STATE_FILES.values(), b'{"version": 2}')),

@@ -506,7 +506,7 @@ DOWNLOADS: dict[str, tuple[bytes, bool]] = {
     "chunk-garbage": (head("200 OK", "Transfer-Encoding: chunked") + b"zz\r\n" + V2, False),
     "chunk-huge": (head("200 OK", "Transfer-Encoding: chunked") + b"f" * 15 + b"\r\n" + V2[:-1], False),
     "chunk-negative": (head("200 OK", "Transfer-Encoding: chunked") + b"-5\r\n" + V2[:-1], False),
-    "encoding-gzip": (head("200 OK", LENGTH, "Content-Encoding: gzip") + V2, False),
+    "encoding-gzip": (head("200 OK", LENGTH, "Content-Encoding: gzip") + V2, True),
     "partial-unasked": (
         head("206 Partial", f"Content-Length: {len(V2) - 5}", f"Content-Range: bytes 5-{len(V2) - 1}/{len(V2)}")
         + V2[5:],

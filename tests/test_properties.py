@@ -177,18 +177,17 @@ _date = st.from_regex(
     r"([A-Z][a-z]{2}, )?[0-9]{1,4} (Jan|Feb|Xxx) [0-9]{1,6} [0-9]{1,3}:[0-9]{2}(:[0-9]{2})?( (GMT|[+-][0-9]{1,6}))?",
     fullmatch=True,
 )
-_range = st.from_regex(r"bytes ([0-9]{0,20}|\*)-?[0-9]{0,20}/([0-9]{0,20}|\*)", fullmatch=True)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.tuples(_header | _date | st.integers().map(str), _header | _range, _header | st.integers().map(str), _header))
-@example(("", "", "", ""))
-@example(("-1", "bytes 7-9/10", "-3", "GZIP"))
-@example(("9" * 400, "bytes 7-9/" + "9" * 400, "9" * 5000, "identity"))
-@example(("\u00b2", "bytes \u00b2-9/10", "\u00b2", ""))
-def test_any_header(values: tuple[str, str, str, str]) -> None:
-    """Retry-After, Content-Range, Content-Length and Content-Encoding of any form."""
-    parse_headers("\n".join(values).encode("latin-1"))
+@given(_header | _date | st.integers().map(str))
+@example("")
+@example("-1")
+@example("9" * 400)
+@example("\u00b2")
+def test_any_header(value: str) -> None:
+    """Retry-After of any form."""
+    parse_headers(value.encode("latin-1"))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +213,7 @@ def test_what_retry_after_means(value: str, seconds: float | None) -> None:
             for value in (None, 7, "", MD5[1:], MD5 + "0", "g" * 32, [MD5], "\u0661" * 32)
         ),
         *({"code": value, "data": {"md5": MD5}} for value in (None, 1, "0", 0.0, False, True, [], 201)),
-        *({"code": 0, "data": {"md5": MD5, "size": value}} for value in (-1, 1.5, "7", True, [])),
+        *({"code": 0, "data": {"md5": MD5, "size": value}} for value in (-1, 1.5, "x", True, [])),
         *({"code": 0, "data": {"md5": MD5, "sha256": value}} for value in ("", MD5, 7, "x" * 64, [])),
         *({"code": 0, "data": value} for value in (None, [], MD5, 7)),
         *({"data": {"md5": MD5}}, [], None, 7, "text", {}),

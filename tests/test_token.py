@@ -18,7 +18,7 @@ from tests.proxy import Proxy
 from tests.server import BinManagerServer, redirect_to
 
 TOKEN = "s3cret-T0ken.of/the+host="
-BASIC = "Basic " + b64encode(b"robot:pass:w\xc3\xb6rd").decode()
+BASIC = "Basic " + b64encode(b"robot:pass:w\xf6rd").decode()
 DOWNLOAD = BinManagerServer.download_path("tool")
 
 
