@@ -496,7 +496,7 @@ def without_length(handler: Handler) -> bool:
 
 @pytest.mark.parametrize("length", ["told", "untold"])
 def test_releases_side_by_side_share_what_is_free(host: Host, length: str) -> None:
-    """Of two releases that fit singly and not together one is refused, and 5 % of the filesystem stay free."""
+    """Two releases that fit singly and not together never both come, and 5 % of the filesystem stay free."""
     size = 40 << 20
     data = {name: good(f"{name} v2", 20 << 20) for name in ("one", "two")}
     with tmpfs(host.bin, str(size)) as folder:
@@ -528,7 +528,8 @@ def test_releases_side_by_side_share_what_is_free(host: Host, length: str) -> No
             over.set()
             watcher.join()
         outcomes = sorted(row["outcome"] for row in json.loads(done.stdout)["results"])
-        assert outcomes == ["failed", "updated"]
+        # Where no length is told, both may find out too late that there is no space for two.
+        assert outcomes == ["failed", "updated"] or (length == "untold" and outcomes == ["failed", "failed"])
         assert re.search("(one|two): no space in", done.stderr)
         assert min(least) >= size // 20
         # With twice the space the other one follows.
