@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import click
@@ -83,10 +84,14 @@ def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> _Answers:
     from bin_proxy.bin_manager import BinManager  # imports requests, which an offline status does without
     from bin_proxy.workers import Workers
 
-    api, limit = BinManager(settings), 3 * settings.http_timeout + 1
-    workers = Workers(settings.jobs, lambda seconds: HostError(f"bin-manager did not answer within {seconds:g} s"))
+    workers = Workers(settings.jobs)
+    api = BinManager(settings, lambda line: None, workers.until)
+
+    def latest(binary: Binary) -> Answer:
+        return Answer(binary.version, api.latest(binary).md5, time.time())
+
     for binary in binaries:
-        workers.submit(binary, limit, lambda job: Answer(job.key.version, api.latest(job.key).md5, time.time()))
+        workers.submit(binary, partial(latest, binary))
     found: _Answers = {}
     while workers.busy():
         found.update(workers.results(0.2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
@@ -14,7 +13,7 @@ from typing import Any
 from bin_proxy import plan
 from bin_proxy.atomic import temporary_of
 from bin_proxy.bin_manager import BinManager, Release
-from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError, Unreachable
+from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError
 from bin_proxy.guard import Signals
 from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.memory import Answer, LastSync, Memory
@@ -22,10 +21,10 @@ from bin_proxy.plan import Result, short
 from bin_proxy.report import Report, echo, write_metrics
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Slot, discard, inspect, part_path, remember
-from bin_proxy.staging import Part, Space, stage
+from bin_proxy.staging import Part, Staging
 from bin_proxy.state import State
 from bin_proxy.updater import Updater
-from bin_proxy.workers import Job, Workers
+from bin_proxy.workers import Workers
 
 _OTHER_RELEASES = 3
 
@@ -73,9 +72,9 @@ class Sync:
         self._downloading: set[_Task] = set()
         self._ready: list[_Task] = []
         self._updater = Updater(settings, self.state, report)
-        self._api = BinManager(settings, report.detail)
-        self._space = Space()
-        self._workers = Workers(settings.jobs, lambda limit: Unreachable("bin-manager did not come to an end in time"))
+        self._workers = Workers(settings.jobs)
+        self._api = BinManager(settings, report.detail, self._workers.until)
+        self._staging = Staging(settings, self._api)
 
     def run(self) -> None:
         """Bring every selected binary to its outcome, into `results`; what belongs to none, into the report's notes.
@@ -142,7 +141,7 @@ class Sync:
             unfinished = Result(name, "waiting", False, kind="recovery", error=why, note=why)
             self._end(unfinished if self._options.dry_run else self.results[name])
         elif not self._is_paused(name):
-            self._workers.submit((self._consider, task), math.inf, lambda job: self._look(job, task))
+            self._workers.submit((self._consider, task), lambda: self._look(task))
 
     def _mend(self, binary: Binary) -> None:
         """A service that is down for the host's fault is tried again whatever bin-manager answers meanwhile."""
@@ -158,9 +157,8 @@ class Sync:
             self._end(Result(name, "paused", True, note=why))
         return pause is not None
 
-    def _look(self, job: Job, task: _Task) -> Release:
+    def _look(self, task: _Task) -> Release:
         task.slot = inspect(task.binary.path, self.state.cache.digests.get(task.binary.path))
-        job.limit = job.seconds() + 3 * self._settings.http_timeout + 1
         return self._api.latest(task.binary)
 
     def _consider(self, task: _Task, release: Release) -> None:
@@ -205,16 +203,13 @@ class Sync:
         task.part = None
         self._downloading.add(task)
 
-        def work(job: Job) -> Release:
-            def watch(part: Part | None) -> None:
-                if part:
-                    task.part = part
-                else:
-                    job.limit = math.inf
+        def watch(part: Part) -> None:
+            task.part = part
 
-            return stage(self._settings, self._space, self._api, task.binary, slot, release, watch)
+        def work() -> Release:
+            return self._staging.stage(task.binary, slot, release, watch)
 
-        self._workers.submit((self._staged, task), self._settings.download_timeout + 1, work)
+        self._workers.submit((self._staged, task), work)
 
     def _staged(self, task: _Task, newest: Release) -> None:
         if newest == task.release:
