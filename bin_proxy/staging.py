@@ -205,9 +205,8 @@ class Staging:
         """
         path, folder = part_path(slot.target, binary.name, release.md5), self._settings.state_dir
         with host_errors(f"look at {folder}"):
-            elsewhere = slot.status and os.stat(folder).st_dev != slot.status.st_dev
-        if slot.status and elsewhere:  # the backup is a copy there
-            self._space.take(folder, slot.status.st_size)
+            if slot.status and os.stat(folder).st_dev != slot.status.st_dev:  # the backup is a copy there
+                self._space.take(folder, slot.status.st_size)
         part = Part(path, release, self._settings.max_download_mib << 20, self._space)
         try:
             watch(part)
@@ -252,9 +251,9 @@ def _verify(command: tuple[str, ...], limit: float, path: str, md5: str) -> None
             done = run([word.replace("{file}", path) for word in command], limit)
         finally:
             os.fchmod(fd, 0o600)
-    changed = inspect(path).md5 != md5
-    if done.code is None and not changed:
+    if done.code is None:
         raise HostError(f"{what} did not end within {limit:g} s")
+    changed = inspect(path).md5 != md5
     if done.code != 0 or changed:
         with suppress(HostError):  # the next sync removes it; that it was refused is what counts
             discard(path)
