@@ -90,17 +90,13 @@ def host_errors(doing: str) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """The words of the innermost cause: urllib3 wraps the one that tells something in several that do not."""
-    inner = getattr(error, "reason", None) or error.__cause__ or next(iter(error.args), None)
-    if isinstance(inner, BaseException):
-        return cause(inner)
-    words = error.args[-1] if error.args and isinstance(error.args[-1], str) else str(error)
-    words = re.sub(r"//[^/@\s]*@", "//***@", words)  # a proxy's password
-    return re.sub(r"^<?[\w.]+\(.*?\):? |^\[[^]]*\] ", "", words)[:200] or type(error).__name__
+    """The words of the innermost cause: requests and urllib3 wrap the one that tells something in several that do not."""
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = inner
+    words = re.sub(r"//[^/@\s]*@", "//***@", getattr(error, "strerror", None) or str(error))  # a proxy's password
+    return re.sub(r"^\[[^]]*\] ", "", words)[:200] or type(error).__name__
 
 
 def clean(text: str) -> str:
     """One event is one line, and no terminal obeys it: whatever is not printable is escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
-    )
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
