@@ -15,7 +15,7 @@ _ABOUT_THE_BYTES = {"security.ima", "security.evm"}
 @contextmanager
 def opened(path: str, flags: int = os.O_RDONLY | os.O_NOFOLLOW) -> Iterator[int]:
     """A file descriptor of `path`, by default never through a link; closed at the end."""
-    fd = os.open(path, flags | os.O_CLOEXEC)
+    fd = os.open(path, flags)
     try:
         yield fd
     finally:
@@ -30,12 +30,11 @@ def fsync_folder(folder: str) -> None:
 
 def make_folder(path: str, mode: int) -> None:
     """Make a folder, and those above it, if it is absent, so that it survives a power loss."""
-    if os.path.isdir(path):
-        return
-    make_folder(os.path.dirname(path), 0o755)
-    os.mkdir(path)
-    os.chmod(path, mode)
-    fsync_folder(os.path.dirname(path))
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path), 0o755)
+        with suppress(FileExistsError):  # another run was quicker
+            os.mkdir(path, mode)
+        fsync_folder(os.path.dirname(path))
 
 
 def create_private(path: str) -> int:
@@ -46,16 +45,16 @@ def create_private(path: str) -> int:
     """
     with suppress(FileNotFoundError):
         os.unlink(path)
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
 
 
 def _xattrs(file: str | int) -> dict[str, bytes]:
     try:
         names = os.listxattr(file)
     except OSError as error:
-        if error.errno in (errno.ENOTSUP, errno.ENOSYS):
-            return {}
-        raise
+        if error.errno != errno.ENOTSUP:
+            raise
+        return {}
     return {name: os.getxattr(file, name) for name in names if name not in _ABOUT_THE_BYTES}
 
 
@@ -65,9 +64,8 @@ def copy_attributes(source: str, fd: int) -> None:
     chown erases set-id bits and capabilities (chown(2)), so it comes first; an ACL that the folder
     bequeathed hides the group's real mode, so it goes before chmod.
     """
-    status, given, wanted = os.stat(source), os.fstat(fd), _xattrs(source)
-    if (status.st_uid, status.st_gid) != (given.st_uid, given.st_gid):
-        os.fchown(fd, status.st_uid, status.st_gid)
+    status, wanted = os.stat(source), _xattrs(source)
+    os.fchown(fd, status.st_uid, status.st_gid)
     have = _xattrs(fd)
     for name in have.keys() - wanted.keys():
         os.removexattr(fd, name)
@@ -102,24 +100,18 @@ def write_atomically(
         OSError: nothing was replaced, or (from the folder's fsync) it was and may not survive a power loss.
     """
     temporary = temporary_of(path)
-    try:
-        with open(create_private(temporary), "wb") as file:
-            file.write(data)
-            file.flush()
-            if like:
-                copy_attributes(like, file.fileno())
-            else:
-                os.fchmod(file.fileno(), 0o644)
-            if durable:
-                os.fsync(file.fileno())
-        if not still():
-            os.unlink(temporary)
-            return False
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with open(create_private(temporary), "wb") as file:
+        file.write(data)
+        file.flush()
+        if like:
+            copy_attributes(like, file.fileno())
+        else:
+            os.fchmod(file.fileno(), 0o644)
+        if durable:
+            os.fsync(file.fileno())
+    if not still():
+        return False
+    os.replace(temporary, path)
     if durable:
         fsync_folder(os.path.dirname(path))
     return True
