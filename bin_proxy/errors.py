@@ -22,9 +22,9 @@ class UsageError(BinProxyError):
 
 
 class Busy(BinProxyError):
-    """Another run holds the lock, `since` (Unix time) where that is known."""
+    """Another run holds the lock, `since` (Unix time)."""
 
-    def __init__(self, since: float | None) -> None:
+    def __init__(self, since: float) -> None:
         super().__init__("another bin-proxy is at work")
         self.since = since
 
@@ -90,7 +90,7 @@ def host_errors(doing: str) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """The words of the innermost cause: requests and urllib3 wrap the one that tells something in several that do not."""
+    """The words of the innermost cause: requests and urllib3 wrap what tells something in several that do not."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     words = re.sub(r"//[^/@\s]*@", "//***@", getattr(error, "strerror", None) or str(error))  # a proxy's password

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from filelock import Timeout, UnixFileLock
 
-from bin_proxy.atomic import make_folder, write_atomically
-from bin_proxy.errors import Busy, Interrupted, UsageError, host_error
+from bin_proxy.atomic import make_folder
+from bin_proxy.errors import Busy, Interrupted, UsageError, host_errors
 from bin_proxy.settings import untrusted
 
 _ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM
@@ -61,42 +59,26 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
         UsageError: others than root could write what lies there.
         HostError: it cannot be had.
     """
-    try:
+    path = os.path.join(state_dir, "lock")
+    with host_errors(f"lock {state_dir}"):
         make_folder(state_dir, 0o755)
         # Whoever writes a record there says which file is replaced by which.
-        folders = [os.path.join(state_dir, name) for name in ("", "journal", "backups")]
-        faults = [fault for folder in folders if os.path.isdir(folder) for fault in untrusted(folder, folder=True)]
-        if faults:
-            raise UsageError(*dict.fromkeys(faults))
+        if faults := untrusted(state_dir, folder=True):
+            raise UsageError(*faults)
         # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
-        lock = UnixFileLock(os.path.join(state_dir, "lock"), mode=0o600, fallback_to_soft=False)
-        held = lock.acquire(timeout=wait, poll_interval=0.2)
-        os.chmod(lock.lock_file, 0o600)  # whoever may open it may hold it, and an older one may be open to more
-    except Timeout:
-        raise Busy(running_since(state_dir)) from None
-    except (OSError, NotImplementedError) as error:
-        raise host_error(f"lock {state_dir}", error) from error
+        lock = UnixFileLock(path, mode=0o600, fallback_to_soft=False)
+        try:
+            held = lock.acquire(timeout=wait, poll_interval=0.2)
+        except Timeout:
+            raise Busy(os.stat(path).st_mtime) from None
+        os.utime(path)  # tells others since when
     with held:
-        with suppress(OSError):  # it only tells others since when
-            holder = json.dumps({"pid": os.getpid(), "since": time.time()}).encode()
-            write_atomically(os.path.join(state_dir, "running.json"), holder, durable=False)
         yield
-
-
-def running_since(state_dir: str) -> float | None:
-    """When the last run that had the lock took it, in Unix time; None where that is not known."""
-    try:
-        with open(os.path.join(state_dir, "running.json"), encoding="ascii") as file:
-            since = json.load(file)["since"]
-        return since if isinstance(since, float) and 0 <= since < time.time() + 3600 else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def is_locked(state_dir: str) -> bool:
     """Whether a run is at work, without taking the lock, which would turn that run's successor away (proc_locks(5))."""
-    with suppress(OSError):
+    with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
         inode = os.stat(os.path.join(state_dir, "lock")).st_ino
-        with open("/proc/locks", encoding="ascii") as file:
-            return any("FLOCK" in line and f":{inode} " in line for line in file)
+        return any("FLOCK" in line and f":{inode} " in line for line in locks)
     return False

@@ -503,7 +503,7 @@ exit 1
         found = host.strays()
         found += [path.name for path in host.root.iterdir() if path.name not in known and f"{NAME}-" not in path.name]
         found += [path.name for path in host.bin.iterdir() if path.name != NAME]
-        ours = {"lock", "running.json", "state.json", "cache.json", "journal", "backups"}
+        ours = {"lock", "state.json", "cache.json", "journal", "backups"}
         found += [path.name for path in host.state.iterdir() if path.name not in ours]
         kept = list((host.state / "backups" / NAME).glob("*"))
         found += [f"damaged backup {path}" for path in kept if md5(path.read_bytes()) != path.name]
@@ -813,14 +813,8 @@ def kills(bench: Bench) -> list[Strike]:
 def errors(bench: Bench) -> list[Strike]:
     points = find_points(bench.record())
     found: list[Strike] = [Fail(point, error) for point in points for error in ERRORS]
-    # running.json only tells others since when, so trouble with it is not told; a link that fails becomes a copy.
-    again = [
-        point
-        for point in points
-        if point.name not in ("unlink", "chmod", "linkat")
-        and len(point.paths) == 1
-        and "running.json" not in point.label
-    ]
+    # A link that fails becomes a copy.
+    again = [p for p in points if p.name not in ("unlink", "chmod", "linkat") and len(p.paths) == 1]
     return found + [Fail(point, "ENOSPC", cleaning_up=True) for point in again]
 
 

@@ -434,7 +434,7 @@ def test_rollback_to_a_kept_release(host: Host) -> None:
     assert host.run("rollback", "nobody").returncode == 2
     assert host.run("rollback").returncode == 2
     changed = {path for path, was in tree(host.root).items() if before.get(path) != was}
-    assert {Path(path).name for path in changed} <= {"running.json", "state"}
+    assert {Path(path).name for path in changed} <= {"lock", "state"}
     assert host.run("rollback", "tool", "--to", first[:6].upper()).returncode == 0
     assert host.disk_md5("tool") == host.reported("tool") == first and status(host)["tool"]["held"]["md5"] == third
 

@@ -11,7 +11,7 @@ from tests.power import Disk, Event, Model, faults, record, try_disk
 from tests.sweep import NAME, SCENARIOS, Bench, Goal, sample
 
 # What a loss only makes slower; reading them bears that.
-NOT_KEPT = ("cache.json", "running.json", "lock", "log", "trace")
+NOT_KEPT = ("cache.json", "lock", "log", "trace")
 SEED = 20
 
 
