@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import selectors
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from bin_proxy.errors import host_error, host_errors
-
-if TYPE_CHECKING:
-    import subprocess
+from bin_proxy.errors import host_errors
 
 _KEPT = 1024 * 1024
+# Until it executes, a child holds open what our other threads write, and nobody can run that (ETXTBSY): one at a time.
+_starting = threading.Lock()
 _running: set[int] = set()
 
 
 @dataclass(frozen=True)
 class Finished:
-    """`code` as in subprocess (negative: killed by that signal), None where the time was over."""
+    """`code` as in subprocess (negative: killed by that signal), None where the time was over; `ending` says it."""
 
     code: int | None
     stdout: str
-    stderr: str
-
-    @property
-    def last_words(self) -> str:
-        """The last line it printed, for an error message."""
-        lines = (self.stderr.strip() or self.stdout.strip()).splitlines()
-        return lines[-1].strip()[:300] if lines else "it printed nothing"
+    ending: str
 
 
 def _environment() -> dict[str, str]:
@@ -41,30 +32,6 @@ def _environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "BIN_MANAGER_"))}
     kept.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     return kept
-
-
-def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    import subprocess  # not needed in a minute in which nothing changed
-
-    patience = time.monotonic() + 2
-    while True:
-        try:
-            # A folder that holds no supervisord.conf, which supervisorctl would read; a session of its own, so that
-            # Ctrl-C at the terminal does not kill a restart half-way and a timeout reaches its children.
-            return subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                cwd="/",
-                env=_environment(),
-                start_new_session=True,
-            )
-        except OSError as error:
-            # Another thread's child may hold the file open for writing between its fork and its exec.
-            if error.errno != errno.ETXTBSY or time.monotonic() > patience:
-                raise host_error(f"run {arguments[0]}", error) from error
-            time.sleep(0.02)
 
 
 def run(arguments: Sequence[str], timeout: float) -> Finished:
@@ -76,28 +43,35 @@ def run(arguments: Sequence[str], timeout: float) -> Finished:
     Raises:
         HostError: it cannot be started.
     """
+    from subprocess import DEVNULL, PIPE, Popen  # not needed in a minute in which nothing changed
+
     deadline, ended = time.monotonic() + timeout, False
     output = bytearray(), bytearray()
-    with host_errors(f"run {arguments[0]}"), selectors.DefaultSelector() as selector, _start(arguments) as child:
+    with host_errors(f"run {arguments[0]}"), _starting:
+        # A folder that holds no supervisord.conf, which supervisorctl would read; a session of its own, so that Ctrl-C
+        # at the terminal does not kill a restart half-way and a timeout reaches its children.
+        child = Popen(
+            arguments, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd="/", env=_environment(), start_new_session=True
+        )
+    with child:
+        _running.add(child.pid)
         try:
-            _running.add(child.pid)
-            for pipe, kept in zip((child.stdout, child.stderr), output, strict=True):
-                assert pipe is not None
-                selector.register(pipe, selectors.EVENT_READ, kept)
             while not ended and time.monotonic() < deadline:
+                time.sleep(0.02)
                 # Asked before reading, so that one more read gets its last words: a pipe holds less than that. Its end
                 # is not waited for, as a grandchild may keep the pipe open.
                 ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-                for key, _ in selector.select(0.02):
-                    if chunk := os.read(key.fd, _KEPT):
-                        key.data.extend(chunk[: _KEPT - len(key.data)])
-                    else:
-                        selector.unregister(key.fileobj)
+                for pipe, kept in zip((child.stdout, child.stderr), output, strict=True):
+                    assert pipe is not None
+                    os.set_blocking(pipe.fileno(), False)
+                    kept += (pipe.read(_KEPT) or b"")[: _KEPT - len(kept)]
         finally:
             _kill(child.pid)  # before it is reaped: afterwards its number could be somebody else's
             _running.discard(child.pid)
     stdout, stderr = (kept.decode(errors="replace") for kept in output)
-    return Finished(child.returncode if ended else None, stdout, stderr)
+    last = (stderr.strip() or stdout.strip() or "it printed nothing").splitlines()[-1].strip()[:300]
+    ending = f"exited {child.returncode}: {last}" if ended else f"did not end within {timeout:g} s"
+    return Finished(child.returncode if ended else None, stdout, ending)
 
 
 def _kill(session: int) -> None:

@@ -252,10 +252,10 @@ def _verify(command: tuple[str, ...], limit: float, path: str, md5: str) -> None
         finally:
             os.fchmod(fd, 0o600)
     if done.code is None:
-        raise HostError(f"{what} did not end within {limit:g} s")
+        raise HostError(f"{what} {done.ending}")
     changed = inspect(path).md5 != md5
     if done.code != 0 or changed:
         with suppress(HostError):  # the next sync removes it; that it was refused is what counts
             discard(path)
-        words = "changed the file that it was to verify" if changed else f"exited {done.code}: {done.last_words}"
+        words = "changed the file that it was to verify" if changed else done.ending
         raise ReleaseError(f"{what} {words}")

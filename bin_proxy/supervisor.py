@@ -119,7 +119,7 @@ class Supervisor:
             raise HostError("there is no supervisorctl on this host any more")
         done = self._run(["status"], min(30.0, self._restart_timeout))
         if not done.stdout.strip() and done.code != 0:
-            raise HostError(f"supervisorctl status exited {done.code}: {done.last_words}")
+            raise HostError(f"supervisorctl status {done.ending}")
         found = parse_status(done.stdout)
         if gone := [name for name in names if name not in found]:
             raise HostError(f"supervisord no longer knows {gone[0]}")
@@ -144,7 +144,7 @@ class Supervisor:
         last = dict(_SAID.findall(done.stdout))
         for name in names:
             if last.get(name, "stopped") in ("stopped", "ERROR (not running)", "ERROR (no such process)"):
-                raise HostError(f"supervisorctl restart {name} exited {done.code}: {done.last_words}")
+                raise HostError(f"supervisorctl restart {name} {done.ending}")
         return {name: last[name][len("ERROR (") : -1] for name in names if last[name] != "started"}
 
     def stop(self, names: Collection[str]) -> None:

@@ -601,7 +601,7 @@ def test_output_without_end_is_not_kept(tool: Host) -> None:
     usual = peak(tool, "sync", "--dry-run", SUPERVISORCTL="/bin/true")[1]
     tool.write_manifest(entry(service="tool"))
     for what in ("head -c 400000000 /dev/zero", "yes | head -c 400000000"):
-        code, used = peak(tool, "sync", SUPERVISORCTL=script(tool, "ctl", what))
+        code, used = peak(tool, "sync", SUPERVISORCTL=script(tool, "ctl", what), RESTART_TIMEOUT="4")
         assert code == 1
         assert used < usual + 60
         assert tool.disk_md5("tool") == md5(V1)
