@@ -1,25 +1,23 @@
-"""What supervisorctl says: `restart` gives the message, `status` the verdict (measured with supervisor 4.3.0)."""
+"""What supervisorctl says: whatever `restart` prints and exits with, `status` gives the verdict (supervisor 4.3.0)."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bin_proxy.errors import HostError, ReleaseError, Stuck
 from bin_proxy.manifest import Binary
 from bin_proxy.process import Finished, run
 
 _STATUS = re.compile(r"(\S+) +(STOPPED|STARTING|RUNNING|BACKOFF|STOPPING|EXITED|FATAL|UNKNOWN)\b *(pid (\d{1,9})|)(.*)")
-_SAID = re.compile(r"^(\S+): (stopped|started|ERROR \(.*\))\s*$", re.MULTILINE)
-_ELSEWHERE = "abnormal termination"
-_DEAD = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN", "STOPPED")
+_DEAD = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
 TRYING = ("STARTING", "RUNNING", "BACKOFF")
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """One line of `supervisorctl status`: its full name (`group:name` or `name`), state, pid and the rest in words."""
 
     name: str
@@ -36,10 +34,10 @@ def parse_status(output: str) -> dict[str, Process]:
     """
     found = {}
     for line in output.splitlines():
-        if match := _STATUS.fullmatch(line.strip()):
-            found[match[1]] = Process(match[1], match[2], int(match[4] or 0) or None, match[3] + match[5])
-        elif line.strip():
+        match = _STATUS.fullmatch(line.strip())
+        if not match:
             raise HostError(f"supervisord cannot be asked: {line.strip()[:200]}")
+        found[match[1]] = Process(match[1], match[2], int(match[4] or 0) or None, match[3] + match[5])
     return found
 
 
@@ -54,20 +52,17 @@ def choose(processes: Mapping[str, Process], services: tuple[str, ...] | None, b
         HostError: supervisord does not know a service that is named.
     """
     # A group's program of the group's own name is listed bare; a program with numprocs > 1 is a group, too.
-    full = {name if ":" in name else f"{name}:{name}": name for name in processes}
-    found: dict[str, Process] = {}
+    full = {name if ":" in name else f"{name}:{name}": process for name, process in processes.items()}
+    found: list[Process] = []
     for service in (binary,) if services is None else services:
-        group, _, name = service.partition(":")
-        matching = [full[key] for key in full if key == f"{group}:{name or group}"]
-        if not matching and name in ("", "*"):
-            matching = [full[key] for key in full if key.startswith(f"{group}:")]
-        if not matching and services is None:
-            matching = [full[key] for key in full if key.endswith(f":{binary}")]
-        if not matching and services is not None:
-            way_out = 'correct "service" in the manifest, or supervisorctl update'
-            raise HostError(f"supervisord knows no {service!r}: {way_out}")
-        found |= {name: processes[name] for name in matching}
-    return list(found.values())
+        forms = [service] if ":" in service else [f"{service}:{service}", f"{service}:*"]
+        if services is None:
+            forms.append(f"*:{binary}")
+        names = next(filter(None, (fnmatch.filter(full, form) for form in forms)), [])
+        if not names and services is not None:
+            raise HostError(f"supervisord knows no {service!r}: correct the manifest, or supervisorctl update")
+        found += [full[name] for name in names if full[name] not in found]
+    return found
 
 
 class Supervisor:
@@ -80,9 +75,7 @@ class Supervisor:
     """
 
     def __init__(self, command: tuple[str, ...], restart_timeout: float, tell: Callable[[str], None]) -> None:
-        self.command = command
-        self._restart_timeout = restart_timeout
-        self._tell = tell
+        self._command, self._restart_timeout, self._tell = command, restart_timeout, tell
         self._listing: dict[str, Process] | HostError | None = None
 
     def of(self, binary: Binary, *, fresh: bool = False) -> list[Process]:
@@ -94,10 +87,7 @@ class Supervisor:
         Raises:
             HostError: supervisord cannot be asked, or does not know a service that is named.
         """
-        if binary.services and not self.command:
-            named = ", ".join(binary.services)
-            raise HostError(f"there is no supervisorctl to restart {named}: install it, or set SUPERVISORCTL")
-        if not self.command or binary.services == ():
+        if binary.services == () or (binary.services is None and not self._command):
             return []
         if fresh or self._listing is None:
             try:
@@ -115,8 +105,6 @@ class Supervisor:
         Raises:
             HostError: supervisorctl cannot be run, supervisord cannot be reached or does not know one of them.
         """
-        if not self.command:
-            raise HostError("there is no supervisorctl on this host any more")
         done = self._run(["status"], min(30.0, self._restart_timeout))
         if not done.stdout.strip() and done.code != 0:
             raise HostError(f"supervisorctl status {done.ending}")
@@ -125,27 +113,19 @@ class Supervisor:
             raise HostError(f"supervisord no longer knows {gone[0]}")
         return {name: found[name] for name in names or found}
 
-    def restart(self, names: Collection[str]) -> dict[str, str]:
-        """Restart processes, after waiting for those that are being stopped.
-
-        Returns:
-            by process, what supervisorctl called an error; a verdict on the service it is not.
+    def restart(self, names: Collection[str]) -> None:
+        """Restart processes, after waiting for those that are being stopped; what becomes of them, `watch` tells.
 
         Raises:
             Stuck: not within RESTART_TIMEOUT.
-            HostError: supervisorctl or supervisord did not do its part.
+            HostError: supervisorctl cannot be run, or supervisord cannot be asked.
         """
         deadline = time.monotonic() + self._restart_timeout
         while stopping := [name for name, process in self.processes(names).items() if process.state == "STOPPING"]:
             if time.monotonic() > deadline:
                 raise Stuck(f"{stopping[0]} does not stop within {self._restart_timeout:g} s")
             time.sleep(0.3)
-        done = self._run(["restart", *names], self._restart_timeout, Stuck)
-        last = dict(_SAID.findall(done.stdout))
-        for name in names:
-            if last.get(name, "stopped") in ("stopped", "ERROR (not running)", "ERROR (no such process)"):
-                raise HostError(f"supervisorctl restart {name} {done.ending}")
-        return {name: last[name][len("ERROR (") : -1] for name in names if last[name] != "started"}
+        self._run(["restart", *names], self._restart_timeout, Stuck)
 
     def stop(self, names: Collection[str]) -> None:
         """Stop processes that still try to start.
@@ -156,18 +136,14 @@ class Supervisor:
         self._run(["stop", *names], self._restart_timeout)
 
     def watch(
-        self,
-        before: Mapping[str, int],
-        said: Mapping[str, str],
-        window: float,
-        probe: Callable[[float], str | None] | None,
-        probe_within: float,
+        self, before: Mapping[str, int], window: float, probe: Callable[[float], str | None] | None, probe_within: float
     ) -> dict[str, int]:
         """Wait until processes have run under one pid each for the whole window, and are healthy at its end.
 
+        One that is STOPPED is waited for: somebody else stopped it, and may be about to start it.
+
         Args:
             before: by process, the pid it must no longer have (0 for none).
-            said: by process, the error that `restart` gave.
             window: seconds to stay RUNNING.
             probe: one health check, given the seconds it may take; returns what is wrong.
             probe_within: seconds within which it must pass for the first time.
@@ -180,31 +156,27 @@ class Supervisor:
             Stuck: one is neither up nor dead, or was not restarted.
             HostError: supervisord cannot be asked.
         """
-        start = time.monotonic()
-        seen: list[tuple[float, dict[str, int]]] = []  # when all were first seen RUNNING under which pids
+        start = since = time.monotonic()
+        seen: list[dict[str, int]] = []  # the pids under which all were RUNNING, one after another
         passed = probe is None
         while True:
             found = self.processes(before) if before else {}
-            for process in found.values():
-                # Stopped by somebody else, who may be about to start it.
-                elsewhere = process.state == "STOPPED" and said.get(process.name, _ELSEWHERE) == _ELSEWHERE
-                if process.state in _DEAD and not elsewhere:
-                    raise ReleaseError(f"{process.name} is {process.state} ({said.get(process.name) or process.words})")
-            if stale := [p.name for p in found.values() if p.state == "RUNNING" and p.pid and p.pid == before[p.name]]:
-                raise Stuck(f"supervisorctl restart left {stale[0]} running as it was")
             now = time.monotonic()
-            if all(process.state == "RUNNING" for process in found.values()):
-                pids = {name: process.pid or 0 for name, process in found.items()}
-                if not seen or pids != seen[-1][1]:
-                    seen.append((now, pids))
+            if dead := [process for process in found.values() if process.state in _DEAD]:
+                raise ReleaseError(f"{dead[0].name} is {dead[0].state} ({dead[0].words})")
+            running = [process for process in found.values() if process.state == "RUNNING"]
+            pids = {process.name: process.pid or 0 for process in running if process.pid != before[process.name]}
+            if len(pids) == len(before):
+                if pids not in seen[-1:]:
+                    seen.append(pids)
+                    since = now
                 # One change may be somebody else's restart; a second is a service that does not stay up.
                 if len(seen) > 2:
                     raise ReleaseError(f"{', '.join(before)} does not stay up: it died and was started again")
-                over = now - seen[-1][0] >= window
+                over, left = now - since >= window, start + probe_within - now
                 if probe and (over or not passed):
-                    probe_until = seen[0][0] + probe_within
-                    wrong = probe(max(0.1, min(10.0, probe_until - now)))
-                    if wrong and (passed or time.monotonic() >= probe_until):
+                    wrong = probe(max(0.1, min(10.0, left)))
+                    if wrong and (passed or time.monotonic() >= start + probe_within):
                         raise ReleaseError(f"its health check fails: {wrong}")
                     passed = wrong is None
                 if over and passed:
@@ -215,12 +187,14 @@ class Supervisor:
             time.sleep(min(1.0, max(0.1, window / 6)))
 
     def _run(self, arguments: list[str], timeout: float, late: type[HostError] = HostError) -> Finished:
-        done = run([*self.command, *arguments], timeout)
+        if not self._command:
+            raise HostError("there is no supervisorctl on this host: install it, or set SUPERVISORCTL")
+        done = run([*self._command, *arguments], timeout)
         if done.code is not None and done.code < 0:
             # Killed in the middle, which leaves a program STOPPED: only another try can mend that.
-            done = run([*self.command, *arguments], timeout)
+            done = run([*self._command, *arguments], timeout)
         words = f"supervisorctl {' '.join(arguments)}"
-        self._tell(f"{words}: exit {done.code}")
+        self._tell(f"{words}: {done.ending}")
         if done.code is None:
-            raise late(f"{words} did not end within {timeout:g} s")
+            raise late(f"{words} {done.ending}")
         return done

@@ -122,11 +122,12 @@ class Updater:
     def _bring_up(
         self, binary: Binary, before: dict[str, int], *, probed: bool, restart: bool = True
     ) -> dict[str, int]:
-        said = self._supervisor.restart(before) if before and restart else {}
+        if before and restart:
+            self._supervisor.restart(before)
         check = partial(probe, binary.health) if probed and binary.health else None
         if not before and not check:
             return {}
-        return self._supervisor.watch(before, said, binary.min_healthy, check, binary.health_timeout)
+        return self._supervisor.watch(before, binary.min_healthy, check, binary.health_timeout)
 
     def _commit(self, record: Record, pids: dict[str, int]) -> Result:
         memory, now = self._state.memory(record.name), time.time()
