@@ -20,7 +20,7 @@ from bin_proxy.memory import Answer, LastSync, Memory
 from bin_proxy.plan import Result, short
 from bin_proxy.report import Report, echo, write_metrics
 from bin_proxy.settings import Settings
-from bin_proxy.slot import Slot, discard, inspect, part_path, remember
+from bin_proxy.slot import Slot, discard, inspect, part_path
 from bin_proxy.staging import Part, Staging
 from bin_proxy.state import State
 from bin_proxy.updater import Updater
@@ -170,8 +170,8 @@ class Sync:
         if self.state.lost and binary.name not in cache.answers:
             self.state.hold_blindly(binary.name, release.md5)
         cache.answers[binary.name] = Answer(binary.version, release.md5, now)
-        if found := remember(slot):
-            cache.digests[binary.path] = found
+        if slot.fingerprint:
+            cache.digests[binary.path] = slot.fingerprint
         longest = self._options.splay
         delay = plan.splay_delay(_host(), longest) if longest else 0.0
         new = bool(longest) and release.md5 not in memory.seen

@@ -17,7 +17,7 @@ from bin_proxy.memory import Record
 from bin_proxy.plan import Result, short
 from bin_proxy.report import Report
 from bin_proxy.settings import Settings
-from bin_proxy.slot import Backups, Slot, check_writable, fingerprint, inspect, part_path, swap
+from bin_proxy.slot import Backups, Slot, check_writable, inspect, part_path, swap
 from bin_proxy.state import State
 from bin_proxy.supervisor import TRYING, Supervisor
 
@@ -74,7 +74,7 @@ class Updater:
             HostError: nothing was changed.
         """
         service = self._look_at_service(binary)
-        before, slot = slot, inspect(binary.path, fingerprint(slot))
+        before, slot = slot, inspect(binary.path, slot.fingerprint)
         if (slot.target, slot.md5) != (before.target, before.md5):
             raise HostError(f"{before.target} was changed by somebody else; the next run looks again")
         target, inode = slot.target, slot.status.st_ino if slot.status else 0
