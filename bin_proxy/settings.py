@@ -22,30 +22,24 @@ _USUAL_FOLDERS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EXPORTED = re.compile(r"(?i:(?:https?|all|no)_proxy)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR")
 
 
-def _text(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError("holds a control character")
-    return value
-
-
 def _path(value: str) -> str:
-    return os.path.abspath(_text(value)) if value else ""
+    return os.path.abspath(value) if value else ""
 
 
-def _readable(value: str) -> str:
-    path = _path(value)
-    if path and not os.access(path, os.R_OK):
-        raise ValueError(f"{path} cannot be read")
-    return path
+def is_url(text: str) -> bool:
+    """Whether it is an http:// or https:// URL with a host, on one line and without blanks."""
+    with suppress(ValueError):  # a port that is none
+        parts = urlsplit(text)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return bool(fits) and text.isprintable() and " " not in text
+    return False
 
 
 def _url(value: str) -> str:
-    with suppress(ValueError):
-        parts = urlsplit(_text(value))
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not set(value) & set(" \\?#"):
-            return value.rstrip("/")
-    # Without the value, which may hold a password.
-    raise ValueError("must be an http:// or https:// URL with a host, without ? and #")
+    if not is_url(value) or set(value) & set("\\?#"):
+        # Without the value, which may hold a password.
+        raise ValueError("must be an http:// or https:// URL with a host, without ? and #")
+    return value.rstrip("/")
 
 
 def number(least: float, most: float, kind: type[int] | type[float] = float) -> Callable[[str], float]:
@@ -55,14 +49,19 @@ def number(least: float, most: float, kind: type[int] | type[float] = float) -> 
         with suppress(ValueError):
             if least <= (found := kind(value)) <= most:
                 return found
-        what = "a whole number" if kind is int else "a number of seconds"
-        raise ValueError(f"must be {what} from {least:g} to {most:.9g}, not {value[:40]!r}")
+        raise ValueError(f"{value[:40]!r} is no {kind.__name__} from {least:g} to {most:.9g}")
 
     return parse
 
 
 def _command(value: str) -> tuple[str, ...]:
-    return tuple(shlex.split(_text(value)))
+    """Only the default, which is the empty value, need not be there."""
+    words = shlex.split(value) if value else ["supervisorctl"]
+    program = "".join(words[:1])
+    executable = shutil.which(program, path=os.environ.get("PATH", "") + os.pathsep + _USUAL_FOLDERS)
+    if value and not executable:
+        raise ValueError(f"{program!r} cannot be found or run; correct it, or leave it out")
+    return (os.path.abspath(executable), *words[1:]) if executable else ()
 
 
 _timeout = number(0.05, 604800)
@@ -78,18 +77,17 @@ class Settings:
 
     config: str
     config_found: bool
-    supervisorctl_chosen: bool
     api: str = _from("BIN_MANAGER_API", "http://localhost:8080/api/v1", _url)
     bin_dir: str = _from("BIN_DIR", "/usr/local/bin", _path)
     manifest: str = _from("BIN_MANIFESTS", "/etc/bin-proxy/bin-manifests.json", _path)
     log_file: str = _from("LOG_FILE", "/var/log/bin-proxy.log", _path)
     state_dir: str = _from("STATE_DIR", "/var/lib/bin-proxy", _path)
-    supervisorctl: tuple[str, ...] = _from("SUPERVISORCTL", "supervisorctl", _command)
+    supervisorctl: tuple[str, ...] = _from("SUPERVISORCTL", "", _command)
     token: str = _from("BIN_MANAGER_TOKEN", "", str.strip)
     token_file: str = _from("BIN_MANAGER_TOKEN_FILE", "", _path)
-    ca_bundle: str = _from("BIN_MANAGER_CA_BUNDLE", "", _readable)
-    client_cert: str = _from("BIN_MANAGER_CLIENT_CERT", "", _readable)
-    client_key: str = _from("BIN_MANAGER_CLIENT_KEY", "", _readable)
+    ca_bundle: str = _from("BIN_MANAGER_CA_BUNDLE", "", _path)
+    client_cert: str = _from("BIN_MANAGER_CLIENT_CERT", "", _path)
+    client_key: str = _from("BIN_MANAGER_CLIENT_KEY", "", _path)
     http_timeout: float = _from("HTTP_TIMEOUT", "10", _timeout)
     download_timeout: float = _from("DOWNLOAD_TIMEOUT", "600", _timeout)
     max_download_mib: int = _from("MAX_DOWNLOAD_MIB", "4096", number(1, 1 << 24, int))
@@ -107,7 +105,7 @@ TABLE: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 }
 
 
-def load_settings(options: Mapping[str, str | None], environ: MutableMapping[str, str]) -> Settings:
+def load_settings(options: Mapping[str, Any], environ: MutableMapping[str, str]) -> Settings:
     """Work out every setting.
 
     Args:
@@ -120,73 +118,60 @@ def load_settings(options: Mapping[str, str | None], environ: MutableMapping[str
     """
     chosen_config = options.get("CONFIG") or environ.get("BIN_PROXY_CONFIG")
     config = os.path.abspath(chosen_config or DEFAULT_CONFIG)
-    faults: list[str] = []
-    text = _read("config file", config, faults, needed=bool(chosen_config))
+    chosen: dict[str, Any] = {"config": config, "config_found": bool(chosen_config) or os.path.lexists(config)}
     in_file = {}
-    if text:
+    if chosen["config_found"]:
         from bin_proxy.config_file import parse_config  # many hosts have none
 
-        in_file = {one.name: one for one in parse_config(text) if one.name in TABLE or _EXPORTED.fullmatch(one.name)}
-    chosen: dict[str, Any] = {"config": config, "config_found": text is not None}
-    for name in {**TABLE, **in_file}:
+        in_file = parse_config(read_trusted("BIN_PROXY_CONFIG", config).removeprefix("\ufeff"))
+    faults: list[str] = []
+    exported = [name for name in in_file if _EXPORTED.fullmatch(name)]
+    for name in [*TABLE, *exported]:
         value, origin = options.get(name) or environ.get(name), name
         if not value and name in in_file:
-            value, origin = in_file[name].value, f"{config}:{in_file[name].line}: {name}"
+            value, line = in_file[name]
+            origin = f"{config}:{line}: {name}"
             if value is None or not value.isprintable():
-                faults.append(f"{origin} needs a shell to be worked out; write the value itself")
+                faults.append(f"{origin} needs a shell to be worked out; write the value itself, above any if or loop")
                 continue
-        if name in TABLE:
-            key, default, parse = TABLE[name]
-            try:
-                chosen[key] = parse(value or default)
-            except ValueError as error:
-                faults.append(f"{origin} {error}")
-        elif value:
-            environ[name] = value
-        if name == "SUPERVISORCTL":
-            chosen["supervisorctl_chosen"] = bool(value)
-    faults = faults or _finish(chosen, environ.get("PATH", ""))
+        key, default, parse = TABLE.get(name, (name, "", str))
+        try:
+            chosen[key] = parse(value or default)
+        except ValueError as error:
+            faults.append(f"{origin} {error}")
     if faults:
         raise UsageError(*faults)
+    environ.update({name: chosen.pop(name) for name in exported})
+    if chosen["token_file"] and not chosen["token"]:
+        chosen["token"] = read_trusted("BIN_MANAGER_TOKEN_FILE", chosen["token_file"]).strip()
+    if (chosen["token"] or chosen["token_file"]) and not re.fullmatch("[!-~]+", chosen["token"]):
+        raise UsageError("the bin-manager token is empty, or holds a character that no HTTP header may carry")
+    if chosen["client_key"] and not chosen["client_cert"]:
+        raise UsageError("BIN_MANAGER_CLIENT_KEY is set, BIN_MANAGER_CLIENT_CERT is not")
     return Settings(**chosen)
 
 
-def _read(what: str, path: str, faults: list[str], *, needed: bool = True) -> str | None:
+def read_trusted(setting: str, path: str) -> str:
+    """The text of the file that `setting` names, every character of it.
+
+    Raises:
+        UsageError: it cannot be read, or orders are not to be taken from it.
+    """
     try:
-        if doubts := untrusted(path):
-            faults += doubts
-            return None
-        with open(path, "rb") as file:
-            return file.read(1 << 20).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        if needed or not isinstance(error, FileNotFoundError):
-            faults.append(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}")
-        return None
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISCHR(kind):  # a pipe would be waited for without end
+            raise ValueError("it is not a regular file")
+        if faults := untrusted(path):
+            raise UsageError(*faults)
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{setting} {path} cannot be read: {why}; correct either") from None
 
 
-def _finish(chosen: dict[str, Any], search_path: str) -> list[str]:
-    """Find supervisorctl and read the token: what needs the disk once every value is known to be well formed."""
-    faults: list[str] = []
-    command, token_file = chosen["supervisorctl"], chosen["token_file"]
-    program = "".join(command[:1])
-    executable = shutil.which(program, path=search_path + os.pathsep + _USUAL_FOLDERS)
-    chosen["supervisorctl"] = (os.path.abspath(executable), *command[1:]) if executable else ()
-    if chosen["supervisorctl_chosen"] and not executable:
-        faults.append(f"SUPERVISORCTL {program!r} cannot be found or run; correct it, or leave it out")
-    if token_file and not chosen["token"]:
-        text = _read("token file", token_file, faults)
-        chosen["token"] = (text or "").strip()
-        if text is not None and not chosen["token"]:
-            faults.append(f"token file {token_file} is empty")
-    if not all("!" <= char <= "~" for char in chosen["token"]):
-        faults.append("the bin-manager token holds a character that no HTTP header may carry")
-    if chosen["client_key"] and not chosen["client_cert"]:
-        faults.append("BIN_MANAGER_CLIENT_KEY is set, BIN_MANAGER_CLIENT_CERT is not")
-    return faults
-
-
-def untrusted(path: str, *, folder: bool = False) -> list[str]:
-    """Why not to take orders from a file or folder: above all that others than root could write it or swap it.
+def untrusted(path: str) -> list[str]:
+    """Why not to take orders from a file or folder: others than root could write it or swap it.
 
     Every folder and every link on the way is looked at.
 
@@ -196,35 +181,30 @@ def untrusted(path: str, *, folder: bool = False) -> list[str]:
     Raises:
         OSError: something on the way cannot be looked at.
     """
-    kind = os.stat(path).st_mode
-    if not folder and not stat.S_ISREG(kind) and not stat.S_ISCHR(kind):  # a pipe would be waited for without end
-        return [f"{path} cannot be read: it is not a regular file"]
     if os.geteuid() != 0:
         return []
-    trusted = {"0", os.environ.get("SUDO_UID", str(os.getuid()))}
+    trusted = {"0", os.environ.get("SUDO_UID", "0")}
+    path = os.path.abspath(path)
+    way: dict[str, os.stat_result] = {}
+    ahead = [path]
+    while ahead:
+        here = ahead.pop()
+        if here not in way:
+            way[here] = os.lstat(here)
+            ahead.append(os.path.dirname(here))
+            if stat.S_ISLNK(way[here].st_mode):  # not normalised: behind a link, .. is the folder above its target
+                ahead.append(os.path.join(os.path.dirname(here), os.readlink(here)))
     faults: list[str] = []
-    here, rest = "/", os.path.abspath(path).split("/")[1:]
-    for _ in range(1000):  # somebody may swap links meanwhile
-        status = os.lstat(here)
-        if stat.S_ISCHR(status.st_mode):
-            break  # /dev/null is everybody's, and empty
-        quoted, what = shlex.quote(here), f"{here}, which leads to {path}," if rest else path
-        if str(status.st_uid) not in trusted:
-            faults.append(f"{what} belongs to user {status.st_uid}, not to root: chown -h root {quoted}")
-        if stat.S_ISLNK(status.st_mode):
-            target = os.path.join(os.path.dirname(here), os.readlink(here))
-            here, rest = "/", [*target.split("/")[1:], *rest]
-            continue
-        if _others_write(here, status):
+    for here, found in way.items():
+        mode, quoted = found.st_mode, shlex.quote(here)
+        if stat.S_ISCHR(mode):
+            continue  # /dev/null is everybody's, and empty
+        what = path if here == path else f"{here}, which leads to {path},"
+        if str(found.st_uid) not in trusted:
+            faults.append(f"{what} belongs to user {found.st_uid}, not to root: chown -h root {quoted}")
+        # With an ACL, the group's mode is that of whoever the ACL names.
+        group = found.st_gid != 0 or "system.posix_acl_access" in os.listxattr(here, follow_symlinks=False)
+        safe = stat.S_ISLNK(mode) or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX)
+        if not safe and (mode & stat.S_IWOTH or (mode & stat.S_IWGRP and group)):
             faults.append(f"others may write {what}: chmod go-w {quoted}")
-        if not rest:
-            break
-        here, rest = os.path.normpath(os.path.join(here, rest[0])), rest[1:]  # no link, so .. is the folder above
     return faults
-
-
-def _others_write(path: str, found: os.stat_result) -> bool:
-    """Whether a group other than root's, or everybody, may write, or an ACL names somebody who may."""
-    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    by_group = found.st_mode & stat.S_IWGRP and (found.st_gid != 0 or "system.posix_acl_access" in os.listxattr(path))
-    return not sticky and bool(found.st_mode & stat.S_IWOTH or by_group)

@@ -73,9 +73,9 @@ def parse_config_file(raw: bytes) -> None:
 
 def parse_config_text(raw: bytes) -> None:
     """The config file's text alone, which has no typed error at all: it must take anything."""
-    for found in parse_config(raw.decode(errors="replace")):
-        assert found.line >= 1
-        assert found.value is None or isinstance(found.value, str)
+    for value, line in parse_config(raw.decode(errors="replace")).values():
+        assert line >= 1
+        assert value is None or isinstance(value, str)
 
 
 def parse_manifest(raw: bytes) -> None:

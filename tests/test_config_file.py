@@ -22,7 +22,7 @@ SHELLS = sorted({os.path.realpath(shell) for shell in SHELLS})
 
 def parsed(text: str) -> dict[str, str | None]:
     """What counts of a config file: the last assignment of each name."""
-    return {found.name: found.value for found in parse_config(text)}
+    return {name: value for name, (value, _) in parse_config(text).items()}
 
 
 def sourced(text: str, shell: str = "/bin/sh") -> dict[str, str] | None:
@@ -36,7 +36,7 @@ def sourced(text: str, shell: str = "/bin/sh") -> dict[str, str] | None:
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, env={"PATH": "/nowhere"}, cwd=folder, timeout=20
         )
-    if done.returncode != 0:
+    if done.returncode != 0 or b" unexpected " in done.stderr:  # a syntax error, at which bash goes on
         return None
     pairs = [pair.partition("=") for pair in done.stdout.decode(errors="surrogateescape").split("\0") if pair]
     return {name: value for name, _, value in pairs if name not in ("PATH", "PWD", "OLDPWD", "SHLVL", "_")}
@@ -221,7 +221,7 @@ def test_a_file_with_carriage_returns_is_read_as_if_it_had_none() -> None:
 )
 def test_the_line_of_a_value_is_told_as_an_editor_counts_it(text: str, line: int) -> None:
     """Comments, continuation lines and values over several lines do not shift the number."""
-    assert [found.line for found in parse_config(text) if found.name == "A"] == [line]
+    assert parse_config(text)["A"] == (None, line)
 
 
 # Any literal text
@@ -294,6 +294,7 @@ def test_whatever_the_parser_calls_literal_is_what_the_shell_says(text: str, end
 )
 def test_whatever_the_parser_makes_of_noise_is_what_the_shell_says(text: str) -> None:
     """For any mixture of the shell's own signs, too: the parser refuses, or says what the shell says."""
+    assume("`export" not in text)  # what it prints is then executed
     assume(any(value is not None for value in parsed(text).values()))
     agree(text)
 

@@ -326,7 +326,6 @@ SOUND = json.dumps({"binaries": [entry()]})
         SOUND.replace("tool", "\\ud800").encode(),
         SOUND.replace("tool", NASTY.replace("\ud800", "")).encode(),
         NASTY_BYTES,
-        SOUND.encode() + b" " * (17 << 20),
         b"{" + b",".join(b'"%d":0' % at for at in range(200_000)) + b',"0":0}',
     ],
     ids=lambda raw: ascii(raw[:30]) + str(len(raw)),

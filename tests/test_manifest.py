@@ -147,10 +147,7 @@ BAD: list[tuple[str, Any]] = [
         ("healthCheck", value)
         for value in [None, {}, [], "x", True, {"udp": "h:1"}, {"tcp": "h:1", "http": "http://h"}]
     ),
-    *(
-        ("healthCheck", {"tcp": value})
-        for value in ["", "h", "h:", ":80", "h:0", "h:65536", "h:x", "u@h:1", "h:1/x", 80]
-    ),
+    *(("healthCheck", {"tcp": value}) for value in ["", "h", "h:", ":80", "h:0", "h:65536", "h:x", "h:1/x", 80]),
     *(("healthCheck", {"tcp": value}) for value in ["h :1", "::1:80", None, "[::1:80"]),
     *(
         ("healthCheck", {"http": value})
@@ -232,14 +229,14 @@ def test_a_manifest_that_is_absent_or_a_folder_is_said(tmp_path: Path) -> None:
 def test_no_two_entries_share_a_name(tmp_path: Path) -> None:
     """A name that stands twice is told once for each entry too many."""
     faults = faults_of(tmp_path, {"binaries": [{"name": "a"}, {"name": "b"}, {"name": "a", "path": "/x/y"}]})
-    assert len(faults) == 1 and "a" in faults[0] and "twice" in faults[0]
+    assert len(faults) == 1 and "binaries[2] ('a')" in faults[0] and "shares a with binaries[0]" in faults[0]
 
 
 @pytest.mark.parametrize("other", ["/opt/bin/a", "/opt//bin/a", "/opt/bin/./a", "/opt/x/../bin/a"])
 def test_no_two_entries_share_a_file(tmp_path: Path, other: str) -> None:
     """However the path is written."""
     [fault] = faults_of(tmp_path, {"binaries": [{"name": "a"}, {"name": "b", "path": other}]})
-    assert "share" in fault and "a" in fault and "b" in fault
+    assert "binaries[1] ('b')" in fault and "shares /opt/bin/a with binaries[0]" in fault
 
 
 def test_two_links_to_one_file_share_it(tmp_path: Path) -> None:
@@ -270,7 +267,7 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
     for key in [*keys, "currentMd5"]:
         assert [fault for fault in faults if "binaries[0]" in fault and f": {key} must" in fault], key
     assert [fault for fault in faults if "binaries[1]" in fault]
-    assert [fault for fault in faults if "stands twice" in fault and "binaries[3]" in fault]
+    assert [fault for fault in faults if "shares twice with binaries[2]" in fault and "binaries[3]" in fault]
     assert [fault for fault in faults if "share" in fault and "/elsewhere" in fault and "binaries[4]" in fault]
     assert [fault for fault in faults if "binaries[5]" in fault]
     assert len(faults) == 13
@@ -279,7 +276,7 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
 def test_a_faulty_entry_does_not_hide_that_its_name_or_file_stands_twice(tmp_path: Path) -> None:
     """What is wrong between entries is listed together with what is wrong within one of them."""
     first = {"name": "a", "version": "no good"}
-    for second, word in (({"name": "a"}, "twice"), ({"name": "b", "path": "/opt/bin/a"}, "share")):
+    for second, word in (({"name": "a"}, "shares a "), ({"name": "b", "path": "/opt/bin/a"}, "shares /opt/bin/a ")):
         faults = faults_of(tmp_path, {"binaries": [first, second]})
         assert [fault for fault in faults if "version" in fault] and [fault for fault in faults if word in fault]
 
@@ -426,12 +423,15 @@ def test_a_manifest_that_tells_the_truth_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o644])
-def test_mode_owner_and_attributes_of_the_manifest_stay(tmp_path: Path, mode: int) -> None:
+def test_mode_owner_and_attributes_of_the_manifest_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
     """What configuration management set is there afterwards."""
     require_root()
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"binaries": [{"name": "a", "currentMd5": ""}]}))
     os.chown(path, 1234, 4321)
+    monkeypatch.setenv("SUDO_UID", "1234")
     path.chmod(mode)
     os.setxattr(path, "user.note", b"mine")
     record_md5s(str(path), {"a": MD5})
