@@ -53,7 +53,7 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str]]:
             text = f"has {free:,} MiB free" if fine else "cannot be written: run as root, or correct its owner"
             yield fine and free >= 64, f"{what}: {folder} {text}{'' if free >= 64 else ': make room'}"
     if os.path.isdir(settings.state_dir):
-        yield from ((False, f"state: {fault}") for fault in untrusted(settings.state_dir, folder=True))
+        yield from ((False, f"state: {fault}") for fault in untrusted(settings.state_dir))
     api = urlsplit(settings.api)
     if api.scheme == "http" and api.hostname not in ("localhost", "127.0.0.1", "::1"):
         yield False, "bin-manager: asked over plain http, so anyone on the way may alter a release: use https"

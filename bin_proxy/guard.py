@@ -63,8 +63,9 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
     with host_errors(f"lock {state_dir}"):
         make_folder(state_dir, 0o755)
         # Whoever writes a record there says which file is replaced by which.
-        if faults := untrusted(state_dir, folder=True):
-            raise UsageError(*faults)
+        folders = [os.path.join(state_dir, name) for name in ("", "journal", "backups")]
+        if faults := [fault for folder in folders if os.path.isdir(folder) for fault in untrusted(folder)]:
+            raise UsageError(*dict.fromkeys(faults))
         # flock(2), which ends with the process; never filelock's softer lock, which a killed run would leave behind.
         lock = UnixFileLock(path, mode=0o600, fallback_to_soft=False)
         try:

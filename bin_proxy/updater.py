@@ -268,7 +268,7 @@ class Updater:
                     return None
                 record = self._unknown_record(binary)
             times = self._settings.min_healthy, self._settings.health_timeout
-            return self._recover(record, binary or Binary(name, "", record.target, (), None, *times, None, None))
+            return self._recover(record, binary or Binary(name, record.target, *times, services=()))
         except BinProxyError as error:
             words = f"an interrupted update cannot be resolved yet: {error}"
             return Result(name, "failed", False, error=words, kind="recovery")
