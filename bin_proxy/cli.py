@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import click
 from click import Context
 
 from bin_proxy import __version__
-from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean, host_error
+from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean
 from bin_proxy.manifest import Binary, load_manifest
 from bin_proxy.report import Report, echo, merge
 from bin_proxy.settings import TABLE, Settings, load_settings, number
@@ -70,32 +70,23 @@ def _manifest(settings: Settings, names: tuple[str, ...]) -> tuple[Binary, ...]:
     """The manifest, which must have `names`. Raises UsageError."""
     binaries = load_manifest(settings)
     known = [binary.name for binary in binaries]
-    if unknown := [name for name in names if name not in known]:
-        there = ", ".join(known) or "nothing"
-        raise UsageError(f"the manifest {settings.manifest} has no {', '.join(unknown)}; it has {there}")
+    if unknown := ", ".join(name for name in names if name not in known):
+        raise UsageError(f"the manifest {settings.manifest} has no {unknown}; it has {', '.join(known) or 'nothing'}")
     return binaries
 
 
 def _complete(context: Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The manifest's names, for the shell; none where they cannot be had."""
-    try:
+    with suppress(UsageError):
         return [b.name for b in load_manifest(_settings(context)) if b.name.startswith(incomplete)]
-    except UsageError:
-        return []
-
-
-def _number(context: Context, parameter: click.Parameter, value: str) -> float:
-    try:
-        return number(0, 1e9)(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+    return []
 
 
 _only = click.option(
     "--only", multiple=True, metavar="NAME", shell_complete=_complete, help="Only this binary; may be repeated."
 )
 _names = click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=_complete)
-_seconds = partial(click.option, callback=_number, default="0", metavar="SECONDS")
+_seconds = partial(click.option, type=number(0, 1e9), default="0", metavar="SECONDS")
 
 
 @cli.command()
@@ -260,36 +251,27 @@ def doctor(context: Context) -> int:
     return code
 
 
-def _fail(error: BinProxyError) -> int:
+def _fail(error: Exception) -> int:
     if isinstance(error, Busy):
         old = error.since is not None and time.time() - error.since > 900
         if old or sys.stderr.isatty():
             since = time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(error.since)) if error.since else ""
-            echo(f"bin-proxy: another bin-proxy is at work{since}", err=True)
+            echo(f"bin-proxy: {error}{since}", err=True)
         return 75
     for line in error.faults if isinstance(error, UsageError) else [str(error)]:
-        click.echo(clean(f"bin-proxy: {line}"), err=True)
+        click.echo(clean(f"bin-proxy: {line}"), err=True)  # not wrapped: what to do is to be copied
     return 2 if isinstance(error, UsageError) else 1
-
-
-def _open_standard_streams() -> None:
-    """Where the caller closed one, it is /dev/null: no file of ours may get its number and what is printed there."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
     os.umask(0o022)  # whatever the caller's is: modes that matter are given on purpose
-    _open_standard_streams()
+    # Of those that the caller closed, /dev/null takes the number: no file of ours may get it and what is printed there.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(prog_name="bin-proxy", standalone_mode=False)
     except click.ClickException as error:
@@ -297,18 +279,11 @@ def main() -> None:
         code = error.exit_code
     except click.Abort:
         code = 130
-    except BinProxyError as error:
+    except (BinProxyError, OSError) as error:
         code = _fail(error)
-    except OSError as error:
-        code = _fail(host_error("go on", error))
     except Interrupted as error:
         from bin_proxy.process import kill_all
 
         kill_all()
         code = 128 + error.signum
-    for fd, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:  # nobody reads any more; the interpreter would try again at its end, and exit 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
     sys.exit(code)  # None: a command that either succeeds or raises
