@@ -51,7 +51,13 @@ class HostError(BinProxyError):
     """The host is at fault: a system call, supervisorctl or supervisord. Never a reason to hold a release."""
 
 
-class Stuck(HostError):
+class SupervisorError(HostError):
+    """supervisorctl cannot be run, or supervisord cannot be reached or does not know the service."""
+
+    kind = "supervisor"
+
+
+class Stuck(SupervisorError):
     """A service neither stops nor comes up in time, though supervisord answers."""
 
 

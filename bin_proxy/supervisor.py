@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
-from bin_proxy.errors import HostError, ReleaseError, Stuck
+from bin_proxy.errors import ReleaseError, Stuck, SupervisorError
 from bin_proxy.manifest import Binary
 from bin_proxy.process import Finished, run
 
 _STATUS = re.compile(r"(\S+) +(STOPPED|STARTING|RUNNING|BACKOFF|STOPPING|EXITED|FATAL|UNKNOWN)\b *(pid (\d{1,9})|)(.*)")
 _DEAD = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
+_LEFT_STOPPED = 5.0
 TRYING = ("STARTING", "RUNNING", "BACKOFF")
 
 
@@ -30,13 +33,13 @@ def parse_status(output: str) -> dict[str, Process]:
     """Read what `supervisorctl status` prints.
 
     Raises:
-        HostError: it says something else, such as that supervisord cannot be reached.
+        SupervisorError: it says something else, such as that supervisord cannot be reached.
     """
     found = {}
     for line in output.splitlines():
         match = _STATUS.fullmatch(line.strip())
         if not match:
-            raise HostError(f"supervisord cannot be asked: {line.strip()[:200]}")
+            raise SupervisorError(f"supervisord cannot be asked: {line.strip()[:200]}")
         found[match[1]] = Process(match[1], match[2], int(match[4] or 0) or None, match[3] + match[5])
     return found
 
@@ -49,7 +52,7 @@ def choose(processes: Mapping[str, Process], services: tuple[str, ...] | None, b
         services, binary: the manifest's `service`, None to find them by the binary's name; and that name.
 
     Raises:
-        HostError: supervisord does not know a service that is named.
+        SupervisorError: supervisord does not know a service that is named.
     """
     # A group's program of the group's own name is listed bare; a program with numprocs > 1 is a group, too.
     full = {name if ":" in name else f"{name}:{name}": process for name, process in processes.items()}
@@ -60,9 +63,16 @@ def choose(processes: Mapping[str, Process], services: tuple[str, ...] | None, b
             forms.append(f"*:{binary}")
         names = next(filter(None, (fnmatch.filter(full, form) for form in forms)), [])
         if not names and services is not None:
-            raise HostError(f"supervisord knows no {service!r}: correct the manifest, or supervisorctl update")
+            raise SupervisorError(f"supervisord knows no {service!r}: correct the manifest, or supervisorctl update")
         found += [full[name] for name in names if full[name] not in found]
     return found
+
+
+def executes(pid: int | None, file: os.stat_result) -> bool:
+    """Whether a process executes this very file (proc_pid_exe(5)); of a script, its interpreter is what is executed."""
+    with suppress(OSError):
+        return os.path.samestat(os.stat(f"/proc/{pid}/exe"), file)
+    return False
 
 
 class Supervisor:
@@ -76,7 +86,7 @@ class Supervisor:
 
     def __init__(self, command: tuple[str, ...], restart_timeout: float, tell: Callable[[str], None]) -> None:
         self._command, self._restart_timeout, self._tell = command, restart_timeout, tell
-        self._listing: dict[str, Process] | HostError | None = None
+        self._listing: dict[str, Process] | SupervisorError | None = None
 
     def of(self, binary: Binary, *, fresh: bool = False) -> list[Process]:
         """The processes of a binary; none where it has no service.
@@ -85,17 +95,17 @@ class Supervisor:
             binary, fresh: the entry; whether to ask supervisord now, or what it said first in this run will do.
 
         Raises:
-            HostError: supervisord cannot be asked, or does not know a service that is named.
+            SupervisorError: supervisord cannot be asked, or does not know a service that is named.
         """
         if binary.services == () or (binary.services is None and not self._command):
             return []
         if fresh or self._listing is None:
             try:
                 self._listing = self.processes()
-            except HostError as error:
+            except SupervisorError as error:
                 way_out = '"service": false in the manifest if there is none'
-                self._listing = HostError(f"{error}; nothing is updated without it ({way_out})")
-        if isinstance(self._listing, HostError):
+                self._listing = SupervisorError(f"{error}; nothing is updated without it ({way_out})")
+        if isinstance(self._listing, SupervisorError):
             raise self._listing
         return choose(self._listing, binary.services, binary.name)
 
@@ -103,35 +113,51 @@ class Supervisor:
         """The processes called `names`, or all, in one call.
 
         Raises:
-            HostError: supervisorctl cannot be run, supervisord cannot be reached or does not know one of them.
+            SupervisorError: supervisorctl cannot be run, supervisord cannot be reached or does not know one of them.
         """
         done = self._run(["status"], min(30.0, self._restart_timeout))
         if not done.stdout.strip() and done.code != 0:
-            raise HostError(f"supervisorctl status {done.ending}")
+            raise SupervisorError(f"supervisorctl status {done.ending}")
         found = parse_status(done.stdout)
         if gone := [name for name in names if name not in found]:
-            raise HostError(f"supervisord no longer knows {gone[0]}")
+            raise SupervisorError(f"supervisord no longer knows {gone[0]}")
         return {name: found[name] for name in names or found}
+
+    def settled(self, binary: Binary) -> list[Process]:
+        """The processes of a binary once nobody is stopping one, and whoever restarts one has begun to start it.
+
+        Raises:
+            SupervisorError: as for `of`; `Stuck` if one does not stop within RESTART_TIMEOUT.
+        """
+        self._await_stops(lambda: self.of(binary, fresh=True))
+        return self.of(binary)
+
+    def _await_stops(self, look: Callable[[], Collection[Process]]) -> None:
+        deadline, waited = time.monotonic() + self._restart_timeout, False
+        while stopping := [process.name for process in look() if process.state == "STOPPING"]:
+            if time.monotonic() > deadline:
+                raise Stuck(f"{stopping[0]} does not stop within {self._restart_timeout:g} s")
+            waited = True
+            time.sleep(0.3)
+        if waited:  # `supervisorctl restart` is a stop and then a start
+            time.sleep(1)
+            look()
 
     def restart(self, names: Collection[str]) -> None:
         """Restart processes, after waiting for those that are being stopped; what becomes of them, `watch` tells.
 
         Raises:
             Stuck: not within RESTART_TIMEOUT.
-            HostError: supervisorctl cannot be run, or supervisord cannot be asked.
+            SupervisorError: supervisorctl cannot be run, or supervisord cannot be asked.
         """
-        deadline = time.monotonic() + self._restart_timeout
-        while stopping := [name for name, process in self.processes(names).items() if process.state == "STOPPING"]:
-            if time.monotonic() > deadline:
-                raise Stuck(f"{stopping[0]} does not stop within {self._restart_timeout:g} s")
-            time.sleep(0.3)
+        self._await_stops(lambda: self.processes(names).values())
         self._run(["restart", *names], self._restart_timeout, Stuck)
 
     def stop(self, names: Collection[str]) -> None:
         """Stop processes that still try to start.
 
         Raises:
-            HostError: supervisorctl cannot be run or does not end.
+            SupervisorError: supervisorctl cannot be run or does not end.
         """
         self._run(["stop", *names], self._restart_timeout)
 
@@ -140,7 +166,7 @@ class Supervisor:
     ) -> dict[str, int]:
         """Wait until processes have run under one pid each for the whole window, and are healthy at its end.
 
-        One that is STOPPED is waited for: somebody else stopped it, and may be about to start it.
+        One that somebody else stops is waited for, as it may be about to be started; after a while it is left stopped.
 
         Args:
             before: by process, the pid it must no longer have (0 for none).
@@ -154,9 +180,9 @@ class Supervisor:
         Raises:
             ReleaseError: one does not come up, does not stay up or is not healthy.
             Stuck: one is neither up nor dead, or was not restarted.
-            HostError: supervisord cannot be asked.
+            SupervisorError: supervisord cannot be asked.
         """
-        start = since = time.monotonic()
+        start = since = up = time.monotonic()
         seen: list[dict[str, int]] = []  # the pids under which all were RUNNING, one after another
         passed = probe is None
         while True:
@@ -165,8 +191,10 @@ class Supervisor:
             if dead := [process for process in found.values() if process.state in _DEAD]:
                 raise ReleaseError(f"{dead[0].name} is {dead[0].state} ({dead[0].words})")
             running = [process for process in found.values() if process.state == "RUNNING"]
+            stopped = [process.name for process in found.values() if process.state == "STOPPED"]
             pids = {process.name: process.pid or 0 for process in running if process.pid != before[process.name]}
             if len(pids) == len(before):
+                up = now
                 if pids not in seen[-1:]:
                     seen.append(pids)
                     since = now
@@ -181,14 +209,18 @@ class Supervisor:
                     passed = wrong is None
                 if over and passed:
                     return pids
+            elif seen and now - up > _LEFT_STOPPED and len(pids) + len(stopped) == len(before):
+                before, seen = {name: pid for name, pid in before.items() if name not in stopped}, []
+                if not before:
+                    return {}
             elif now - start > max(self._restart_timeout, window):
                 states = ", ".join(f"{process.name} is {process.state}" for process in found.values())
                 raise Stuck(f"after {now - start:.0f} s {states}")
             time.sleep(min(1.0, max(0.1, window / 6)))
 
-    def _run(self, arguments: list[str], timeout: float, late: type[HostError] = HostError) -> Finished:
+    def _run(self, arguments: list[str], timeout: float, late: type[SupervisorError] = SupervisorError) -> Finished:
         if not self._command:
-            raise HostError("there is no supervisorctl on this host: install it, or set SUPERVISORCTL")
+            raise SupervisorError("there is no supervisorctl on this host: install it, or set SUPERVISORCTL")
         done = run([*self._command, *arguments], timeout)
         if done.code is not None and done.code < 0:
             # Killed in the middle, which leaves a program STOPPED: only another try can mend that.

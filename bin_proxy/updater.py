@@ -19,7 +19,7 @@ from bin_proxy.report import Report
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, check_writable, inspect, part_path, swap
 from bin_proxy.state import State
-from bin_proxy.supervisor import TRYING, Supervisor
+from bin_proxy.supervisor import TRYING, Process, Supervisor, executes
 
 _PROBE_BEFORE = 10.0
 
@@ -73,7 +73,7 @@ class Updater:
         Raises:
             HostError: nothing was changed.
         """
-        service = self._look_at_service(binary)
+        service = self._look_at_service(binary, self._supervisor.settled(binary))
         before, slot = slot, inspect(binary.path, slot.fingerprint)
         if (slot.target, slot.md5) != (before.target, before.md5):
             raise HostError(f"{before.target} was changed by somebody else; the next run looks again")
@@ -101,9 +101,8 @@ class Updater:
             raise cause from error
         return self._settle(record, binary)
 
-    def _look_at_service(self, binary: Binary) -> tuple[dict[str, int], bool, bool]:
-        """What a record says of the service before an update: `processes`, `healthy` and `probed`."""
-        chosen = self._supervisor.of(binary, fresh=True)
+    def _look_at_service(self, binary: Binary, chosen: list[Process]) -> tuple[dict[str, int], bool, bool]:
+        """What a record says of the service: `processes` that are to run, `healthy` and `probed`."""
         down = self._state.memory(binary.name).down
         running = [process for process in chosen if process.state != "STOPPED" or process.name in down]
         probed = binary.health is not None and (bool(running) or not chosen)
@@ -112,9 +111,10 @@ class Updater:
             healthy = probe(binary.health, min(_PROBE_BEFORE, binary.health_timeout)) is None
         return {process.name: process.pid or 0 for process in running}, healthy, probed
 
-    def _settle(self, record: Record, binary: Binary) -> Result:
+    def _settle(self, record: Record, binary: Binary, *, restart: bool = True) -> Result:
         try:
-            pids = self._bring_up(binary, record.processes, probed=record.probed)
+            before = record.processes if restart else dict.fromkeys(record.processes, 0)
+            pids = self._bring_up(binary, before, probed=record.probed, restart=restart)
         except (ReleaseError, HostError) as cause:
             return self._roll_back(record, binary, cause)
         return self._commit(record, pids)
@@ -128,6 +128,13 @@ class Updater:
         if not before and not check:
             return {}
         return self._supervisor.watch(before, binary.min_healthy, check, binary.health_timeout)
+
+    def _runs(self, record: Record) -> bool:
+        """Whether every process executes the very file that is installed, so that a restart would only harm."""
+        with host_errors(f"look at {record.target}"):
+            installed = os.stat(record.target)
+        found = self._supervisor.processes(record.processes) if record.processes else {}
+        return all(process.state == "RUNNING" and executes(process.pid, installed) for process in found.values())
 
     def _commit(self, record: Record, pids: dict[str, int]) -> Result:
         memory, now = self._state.memory(record.name), time.time()
@@ -146,12 +153,17 @@ class Updater:
     def _close(self, record: Record, installed: str | None, result: Result) -> Result:
         """Make what was decided durable, and only then forget the record; trouble here undoes nothing."""
         memory = self._state.memory(record.name)
-        memory.parts, memory.seen = list(filter(os.path.lexists, memory.parts)), {}
+        memory.parts = list(filter(os.path.lexists, memory.parts))
         with self._noting():
             record_md5s(self._settings.manifest, {record.name: installed or ""})
         try:
             self._prune(record, installed)
-            self._state.save()
+            try:
+                self._state.save()
+            except HostError:
+                if result.well and record.by == "sync":  # no hold is lost, and the next run would restart all again
+                    self._state.close_record(record.name)
+                raise
             self._state.close_record(record.name)
         except HostError as error:
             told = f"{result.error or f'release {short(record.new)} is installed'}, but: {error}"
@@ -175,15 +187,20 @@ class Updater:
     def _undo(self, record: Record, binary: Binary) -> Result:
         so_far = "the previous release cannot be restored"
         try:
-            self._restore(record)
-            so_far = "the previous release is restored, but its service is not"
-            came_back, words, pids = self._resume(record, binary)
-        except BackupLost as error:  # what is there stays, its restart is tried again, and the way forward is free
-            record.old = record.new = inspect(record.target).md5 or ""
-            record.fault, came_back, words, pids = "host", False, f"{error}, so {short(record.new)} stays", {}
+            try:
+                self._restore(record)
+                so_far = "the previous release is restored, but its service is not"
+                came_back, words, pids = self._resume(record, binary)
+            except BackupLost as error:  # what is there stays, its restart is tried again, and the way forward is free
+                record.old = record.new = inspect(record.target).md5 or ""
+                record.fault, came_back, words, pids = "host", False, f"{error}, so {short(record.new)} stays", {}
+            found = {} if came_back or not record.processes else self._supervisor.processes()
         except (OSError, HostError) as error:
             words = f"{record.reason}; {so_far}: {error}; the next run goes on with it"
             return Result(record.name, "failed", False, record.old, record.new, error=words, kind="roll-back")
+        # What is STOPPED now was left so by us; what is later, by an operator.
+        down = [name for name in record.processes if name in found and found[name].state == "STOPPED"]
+        self._state.memory(record.name).down = down
         return self._conclude(record, came_back, words, pids)
 
     def _restore(self, record: Record) -> None:
@@ -213,7 +230,8 @@ class Updater:
                     self._supervisor.restart(record.processes)
             return None, f"{short(record.old)} is back; its service was not well before either", {}
         try:
-            pids = self._bring_up(binary, dict.fromkeys(record.processes, 0), probed=record.probed)
+            before, restart = dict.fromkeys(record.processes, 0), not self._runs(record)
+            pids = self._bring_up(binary, before, probed=record.probed, restart=restart)
         except (ReleaseError, Stuck) as error:
             return False, f"{short(record.old)} is back, but does not come up either ({error}): look at the host", {}
         return True, f"{short(record.old)} is back" + (" and runs" if record.processes else ""), pids
@@ -234,10 +252,6 @@ class Updater:
         if came_back is False:
             memory.unwell = plan.after_restart(record.new, 1, record.reason, now)
             kind = "restart"
-        if came_back is False or record.old is None:
-            memory.down = list(record.processes)
-        elif came_back:
-            memory.down = []
         outcome, what, failed = "failed", f"kept {record.new}", ""
         if record.new != record.old:
             plan.leave(memory, record.new, now)
@@ -276,7 +290,7 @@ class Updater:
     def _unknown_record(self, binary: Binary) -> Record:
         """What an unreadable record may have begun: at the worst a restart that stopped the service."""
         slot = inspect(binary.path)
-        processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
+        processes = {process.name: 0 for process in self._supervisor.settled(binary)}
         reason = "the record of an interrupted update could not be read"
         since = (True, False, "sync", time.time(), "rolling-back", "host", reason)
         record = Record(binary.name, slot.target, slot.md5, slot.md5 or "", 0, processes, *since)
@@ -298,7 +312,7 @@ class Updater:
             self._state.close_record(record.name)
             return None
         if step == "finish":
-            return self._settle(record, binary)
+            return self._settle(record, binary, restart=not self._runs(record))
         if step == "check":
             record.old = record.new = str(slot.md5)
         if record.phase == "activating":
@@ -320,13 +334,12 @@ class Updater:
         """
         memory = self._state.memory(binary.name)
         assert memory.unwell
-        found = self._supervisor.processes()
-        before = {name: 0 for name in memory.down if name in found}
-        runs = all(found[name].state == "RUNNING" for name in before)
-        if not runs and not at_once and not plan.is_due(memory.unwell.until, now):
+        processes, healthy, probed = self._look_at_service(binary, self._supervisor.of(binary, fresh=True))
+        if not healthy and not at_once and not plan.is_due(memory.unwell.until, now):
             return
+        before = dict.fromkeys(processes, 0) if healthy else processes
         try:
-            pids = self._bring_up(binary, before, probed=True, restart=not runs)
+            pids = self._bring_up(binary, before, probed=probed, restart=not healthy)
         except (ReleaseError, Stuck) as error:
             last = memory.unwell
             memory.unwell = plan.after_restart(last.md5, last.count + 1, str(error), time.time())

@@ -326,6 +326,30 @@ def test_a_stopped_program_stays_stopped_and_its_file_is_updated(manager_host: H
     assert host.running_md5("manager") == new
 
 
+def test_a_program_that_is_being_stopped_stays_stopped(host: Host) -> None:
+    """An operator's stop that is under way when the update begins is waited for, not overruled."""
+    stubborn = script(f"trap '' TERM\n{sleeper(host)} &\nwait; wait; sleep 1000", "v1")
+    deploy(host, stubborn, stopwaitsecs="4", killasgroup="true", stopasgroup="false")
+    new = host.server.publish("manager", good("v2"))
+    stop = subprocess.Popen([*SUPERVISORCTL, "-c", str(host.conf), "stop", "manager"], stdout=subprocess.DEVNULL)
+    eventually(lambda: host.service_state("manager") == "STOPPING")
+    assert host.sync().returncode == 0
+    stop.wait()
+    assert host.disk_md5("manager") == host.reported("manager") == new
+    assert host.service_state("manager") == "STOPPED" and held(host) == []
+
+
+def test_a_program_that_is_stopped_while_it_is_watched_stays_stopped(manager_host: Host) -> None:
+    """It had come up, so that it is STOPPED now is an operator's decision and no fault of the release."""
+    host, pid = manager_host, manager_host.pid("manager")
+    new = host.server.publish("manager", good("v2"))
+    with meanwhile(lambda: host.pid("manager") not in (0, pid), lambda: host.ctl("stop", "manager")):
+        assert host.sync(MIN_HEALTHY_SECONDS="3").returncode == 0
+    assert host.disk_md5("manager") == host.reported("manager") == new
+    assert host.service_state("manager") == "STOPPED" and held(host) == [] and host.strays() == []
+    assert host.sync().returncode == 0 and host.service_state("manager") == "STOPPED"
+
+
 @pytest.mark.parametrize("state", ["BACKOFF", "FATAL", "EXITED"])
 def test_a_release_repairs_a_service_that_had_failed(host: Host, state: str) -> None:
     """A bad release for a service that was down before is held at once; a good one brings it up."""
@@ -609,6 +633,68 @@ def test_once_the_host_is_mended_the_previous_release_is_started_after_a_pause_a
     assert host.disk_md5("manager") == host.reported("manager") == new and host.pid("manager")
     assert held(host) == []
     assert run_later(host, 65 + 250, "sync").returncode == 0
+
+
+def neither_will_be_well(host: Host) -> tuple[Wrapper, str]:
+    """As `neither_will_come_up`, but both run all the same: only their health check fails.
+
+    Returns the wrapper and the MD5 of v2."""
+    needed, well = host.root / "needed", host.root / "well"
+    needed.touch()
+    body = f"rm -f {well}; [ -e {needed} ] && touch {well}\nexec {sleeper(host)}"
+    deploy(host, script(body, "v1"), entry(healthCheck={"command": ["/bin/sh", "-c", f"test -e {well}"]}))
+    eventually(well.exists)
+    wrapper = Wrapper(host)
+    wrapper.before("restart", f"rm -f {needed}")
+    new = host.server.publish("manager", script(body, "v2"))
+    assert host.sync(HEALTH_TIMEOUT="1").returncode == 1
+    wrapper.hook.unlink()
+    assert host.pid("manager")
+    return wrapper, new
+
+
+def test_a_program_that_an_operator_stopped_after_a_roll_back_stays_stopped(host: Host) -> None:
+    """Neither the restarts of the previous release nor another one start it."""
+    require("cc")
+    neither_will_be_well(host)
+    host.ctl("stop", "manager")
+    run_later(host, 65, "sync")
+    assert host.service_state("manager") == "STOPPED"
+    new = host.server.publish("manager", good("v3"))
+    assert run_later(host, 130, "sync").returncode == 0
+    assert host.disk_md5("manager") == new and host.service_state("manager") == "STOPPED"
+
+
+def test_a_previous_release_that_runs_without_being_well_is_restarted_when_its_pause_is_over(host: Host) -> None:
+    """RUNNING is not well where the manifest has a health check: only a restart finds out that the host is mended."""
+    require("cc")
+    wrapper, new = neither_will_be_well(host)
+    calls, pid = wrapper.restarts(), host.pid("manager")
+    (host.root / "needed").touch()
+    assert host.sync(HEALTH_TIMEOUT="1").returncode == 1
+    assert host.run("status", "--check").returncode == 1
+    assert (wrapper.restarts(), host.pid("manager")) == (calls, pid), "the pause is not over"
+    assert run_later(host, 65, "sync", HEALTH_TIMEOUT="1").returncode == 0
+    assert wrapper.restarts() == calls + 2 and (host.root / "well").exists()
+    assert re.search(r"manager: runs again, pid \d+, after 1 failed", host.log())
+    assert host.disk_md5("manager") == new and held(host) == []
+
+
+def test_a_binary_whose_service_is_down_is_not_well_though_it_is_current(host: Host) -> None:
+    """After a rollback by hand where neither release came up, status says why at once."""
+    check = {"command": ["/bin/sh", "-c", f"test -e {host.root / 'well'}"]}
+    (host.root / "well").touch()
+    deploy(host, good("v1"), entry(healthCheck=check))
+    host.server.publish("manager", good("v2"))
+    assert host.sync().returncode == 0
+    wrapper = Wrapper(host)
+    wrapper.before("restart", f"rm -f {host.root / 'well'}")
+    assert host.run("rollback", "manager", HEALTH_TIMEOUT="1").returncode == 1
+    assert host.disk_md5("manager") == md5(good("v2"))
+    done = host.run("status", "--json", "--check")
+    [row] = json.loads(done.stdout)["binaries"]
+    assert (done.returncode, row["state"]) == (1, "current")
+    assert "health check" in row["error"] and row["retryAt"]
 
 
 def test_the_previous_release_is_started_again_though_bin_manager_is_down(host: Host) -> None:
