@@ -51,7 +51,7 @@ class Memory:
         down: processes that bin-proxy left not running, which the next release is to start.
         backups: MD5s of the kept releases, newest first.
         parts: files of unfinished downloads.
-        seen: the offered MD5 and the Unix time at which it was first seen, for --splay.
+        due: by MD5, the Unix time at which its update is due, for --splay.
         updated_at: Unix time of the last change of the installed file.
     """
 
@@ -63,8 +63,12 @@ class Memory:
     down: list[str] = field(default_factory=list)
     backups: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
-    seen: dict[str, float] = field(default_factory=dict)
+    due: dict[str, float] = field(default_factory=dict)
     updated_at: float | None = None
+
+    def hold_on(self, md5: str | None) -> Hold | None:
+        """What keeps `md5` away, if something does."""
+        return next((hold for hold in self.holds if hold.md5 == md5), None)
 
     def hold(self, md5: str, reason: str, now: float, by: str = "failure") -> None:
         """Hold `md5`; the last `HOLDS_KEPT` are kept."""
@@ -124,14 +128,14 @@ class Record:
 class Memories:
     """What state.json holds: by binary."""
 
-    memories: dict[str, Memory] = field(default_factory=dict)
+    memories: dict[str, Memory]
 
 
 @dataclass
 class Pauses:
     """What pauses.json holds: by binary, or "*" for the host."""
 
-    pauses: dict[str, Pause] = field(default_factory=dict)
+    pauses: dict[str, Pause]
 
 
 class Answer(NamedTuple):

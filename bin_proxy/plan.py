@@ -86,6 +86,22 @@ def splay_delay(host: str, longest: float) -> float:
     return fraction * longest
 
 
+def note_due(memory: Memory, offered: str, installed: str | None, now: float, splay: float, delay: float) -> bool:
+    """Remember in `memory` that `offered` is due in `delay` of `splay` seconds, if it was not seen before.
+
+    What is no longer offered is forgotten only later: bin-managers that disagree would put each other's off for ever.
+
+    Returns:
+        whether it was not seen before.
+    """
+    waits = {offered} - {installed}
+    memory.due = {md5: at for md5, at in memory.due.items() if md5 in waits or abs(at - now) < 2 * splay}
+    new = bool(splay and waits - memory.due.keys())
+    if new:
+        memory.due[offered] = now + delay
+    return new
+
+
 def decide(
     name: str,
     offered: str,
@@ -94,7 +110,7 @@ def decide(
     now: float,
     *,
     retry_held: bool = False,
-    splay: tuple[float, float] = (0.0, 0.0),
+    splay: float = 0.0,
 ) -> Result:
     """Decide what a sync does with one binary.
 
@@ -105,7 +121,7 @@ def decide(
         memory: what is remembered of the binary.
         now: Unix time.
         retry_held: an operator wants holds and pauses overridden.
-        splay: this host's delay and the longest one, in seconds.
+        splay: the longest delay of an update, in seconds.
 
     Returns:
         "current", "failed" (its service is down), "update", "held" or "waiting".
@@ -121,18 +137,16 @@ def decide(
             return result("failed", memory.unwell.reason, "restart")
         return result("current", "it is the release that bin-manager names")
     if not retry_held:
-        held = next((hold for hold in memory.holds if hold.md5 == offered), None)
-        if held:
-            return result("held", held.reason, "" if held.by == "operator" else "release")
+        if held := memory.hold_on(offered):
+            return result("held", held.reason, "" if held.by == "operator" and installed else "release")
         if memory.unwell and memory.unwell.md5 == offered:
             why = f"{memory.unwell.reason}; neither it nor the previous release runs"
             return result("waiting", why, "restart", memory.unwell.until)
         retry = memory.retries.get(offered)
         if retry and not is_due(retry.until, now):
             return result("waiting", retry.reason, retry.kind, retry.until)
-    delay, longest = splay
-    due = memory.seen.get(offered, now) + delay
-    if not is_due(due, now, longest):
+    due = memory.due.get(offered, now)
+    if not is_due(due, now, splay):
         return result("waiting", "its time within the splay has not come", until=due)
     return result("update", "bin-manager names another release" if installed else "it is not installed")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -16,13 +18,13 @@ from bin_proxy.memory import Cache, Trouble
 from bin_proxy.plan import Result
 
 _HOUR = 3600.0
-# By metric: its words, and the outcomes of a binary for which it is 1.
+# Of a binary, with its words.
 _GAUGES = {
-    "binary_current": ("1 where the binary is the release that bin-manager names.", ("current", "updated")),
-    "binary_held": ("1 where the release is held because it failed.", ("held", "rolled-back")),
-    "binary_held_by_operator": ("1 where an operator went back from the release.", ("held by operator",)),
-    "binary_failed": ("1 where the last sync could not do its work.", ("failed",)),
-    "binary_paused": ("1 where an operator paused it.", ("paused",)),
+    "current": "1 where the binary is the release that bin-manager names.",
+    "held": "1 where the release is held because it failed.",
+    "held_by_operator": "1 where an operator went back from the release.",
+    "failed": "1 where the last sync could not do its work.",
+    "paused": "1 where an operator paused it.",
 }
 
 
@@ -82,7 +84,7 @@ class Report:
         """Append a line to LOG_FILE; where that fails, it is said, and the work goes on without a log."""
         try:
             self._fd = self._fd or _open_log(self._path)
-            os.write(self._fd, f"[{when(time.time())}] {clean(line)}\n".encode(errors="backslashreplace"))
+            _append(self._fd, f"[{when(time.time())}] {clean(line)}\n".encode(errors="backslashreplace"))
         except OSError as error:
             self._erase_bar()
             echo(f"bin-proxy: cannot write LOG_FILE {self._path}: {error.strerror}", err=True)
@@ -153,13 +155,22 @@ def _open_log(path: str) -> int:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
 
 
-def write_metrics(path: str, cache: Cache, names: list[str]) -> None:
+def _append(fd: int, data: bytes) -> None:
+    """All of `data` or, where the disk gets full in it, nothing: one event is one line."""
+    before = os.fstat(fd)
+    if os.write(fd, data) < len(data):
+        if stat.S_ISREG(before.st_mode):
+            os.ftruncate(fd, before.st_size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def write_metrics(path: str, cache: Cache, binaries: Mapping[str, Collection[str]]) -> None:
     """Write METRICS_FILE for node_exporter's textfile collector, which reads it at any time.
 
     Args:
         path: the file; it gets mode 0644.
-        cache: knows the last sync, and each binary's last outcome.
-        names: of all binaries.
+        cache: knows the last sync.
+        binaries: by name, which of current, held, held_by_operator, failed and paused are 1.
 
     Raises:
         HostError: it is as it was.
@@ -167,8 +178,8 @@ def write_metrics(path: str, cache: Cache, names: list[str]) -> None:
     at, code = cache.last_sync or (0.0, 0)
     text = _gauge("last_sync_timestamp_seconds", "When the last sync ended.", {"": at})
     text += _gauge("last_sync_exit_code", "Exit code of the last sync: 0 or 1.", {"": code})
-    for metric, (told, outcomes) in _GAUGES.items():
-        text += _gauge(metric, told, {f'{{binary="{name}"}}': cache.outcomes.get(name) in outcomes for name in names})
+    for metric, told in _GAUGES.items():
+        text += _gauge(f"binary_{metric}", told, {f'{{binary="{n}"}}': metric in ones for n, ones in binaries.items()})
     with host_errors(f"write METRICS_FILE {path}"):
         write_atomically(path, text.encode(), durable=False)
 

@@ -52,8 +52,8 @@ def decode(kind: Any, value: Any) -> Any:
             return kind(*map(decode, hints.values(), value))
     elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = _hints(kind)
-        if value.keys() == hints.keys():
-            return kind(**{key: decode(hint, value[key]) for key, hint in hints.items()})
+        with suppress(TypeError):  # one without a default is absent; what is unknown is of a later version
+            return kind(**{key: decode(hint, value[key]) for key, hint in hints.items() if key in value})
     elif kind is float and type(value) in (int, float):
         if 0 <= value < _END_OF_TIME:
             return value

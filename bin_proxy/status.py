@@ -22,7 +22,7 @@ from bin_proxy.state import State
 from bin_proxy.supervisor import Process, Supervisor
 
 DEAD = ("FATAL", "UNKNOWN", "BACKOFF", "EXITED")
-_WORST = (*DEAD, "STOPPING", "STARTING", "STOPPED", "RUNNING")
+_WORST = (*DEAD, "STOPPING", "STARTING", "RUNNING", "STOPPED")
 _COLOURS = {"current": "green", "paused": "cyan", "updating": "cyan", "outdated": "yellow", "unknown": "yellow"}
 _Answers = dict[Binary, Answer | BinProxyError]
 _HEAD = ("NAME", "STATE", "INSTALLED", "LATEST", "SERVICE", "UPDATED")
@@ -126,8 +126,10 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
         latest, age = answer.md5, f" ({_ago(answer.at)} ago)" if asked is None else ""
     installed = slot.md5 if slot else None
     pause, way_out = state.pause_of(name, time.time())
-    hold = next((hold for hold in memory.holds if hold.md5 == latest != installed), None)
+    hold = memory.hold_on(latest) if latest != installed else None
     retry = memory.unwell or (memory.retries.get(latest) if latest != installed else None)
+    due = retry.until if retry else memory.due.get(latest, 0.0) if latest != installed else 0.0
+    splayed = not retry and due > time.time()
     begun, updating = name in state.records, name in state.records and running
     states: dict[str, object] = {"updating": updating, "interrupted": begun, "paused": pause}
     states |= {"unknown": not latest or not slot, "missing": not installed}
@@ -137,6 +139,7 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
         # What the last sync met, where it is not of the time before bin-manager answered, or of another release.
         troubles = state.cache.troubles.items()
         errors = [told.text for key, told in troubles if told.name == name and (begun or key.endswith(latest))][:1]
+        errors = errors or ([memory.unwell.reason] if memory.unwell else [])
     row = {
         "name": name,
         "path": binary.path,
@@ -148,7 +151,7 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
         "service": service,
         "held": hold and {"md5": hold.md5, "reason": hold.reason, "since": rfc3339(hold.since)},
         "paused": pause and {"reason": pause.reason, "since": rfc3339(pause.since), "until": rfc3339(pause.until)},
-        "retryAt": rfc3339(retry.until if retry else None),
+        "retryAt": rfc3339(due) if retry or splayed else None,
         "updatedAt": rfc3339(memory.updated_at),
         "backups": Backups(state.folder).listed(name, memory.backups),
         "error": "; ".join(errors) or None,
@@ -157,7 +160,7 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
     words = "held by operator" if by_operator else shown
     updated = when(memory.updated_at)[:16] if memory.updated_at else "-"
     cells = (name, words, (installed or "-")[:8], (latest or "?")[:8] + age, service_words, updated)
-    explained = _explain(row, way_out, by_operator=by_operator, splayed=latest in memory.seen)
+    explained = _explain(row, way_out, by_operator=by_operator, splayed=splayed)
     findings = [(False, error) for error in errors] + list(explained)
     return View(row, tuple(map(clean, cells)), [Finding(well, name, text) for well, text in findings])
 
@@ -174,8 +177,9 @@ def _explain(row: dict[str, Any], way_out: str, *, by_operator: bool, splayed: b
         why = f"{hold['md5'][:8]} is held since {hold['since']}: {hold['reason']}"
         yield by_operator, f"{why}; to try it again: {again} --retry-held"
     elif state in ("unknown", "missing", "outdated") and not row["error"]:
+        after = f" after {row['retryAt']}" if splayed else ""
         release = (row["latestMd5"] or "")[:8] or "what bin-manager names"
-        yield splayed, f"the next sync installs {release}; now: {again}"
+        yield splayed, f"the {'first' if splayed else 'next'} sync{after} installs {release}; now: {again}"
     if service and service["restartPending"] and state not in ("updating", "interrupted"):
         yield False, f"another file than the installed one runs: supervisorctl restart {service['name']}"
     if service and service["state"] in DEAD:

@@ -14,7 +14,7 @@ from bin_proxy import plan
 from bin_proxy.atomic import temporary_of
 from bin_proxy.bin_manager import BinManager, Release
 from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError
-from bin_proxy.guard import Signals
+from bin_proxy.guard import Signals, is_locked
 from bin_proxy.manifest import Binary, record_md5s
 from bin_proxy.memory import Answer, LastSync, Memory
 from bin_proxy.plan import Result, short
@@ -137,8 +137,9 @@ class Sync:
     def _begin(self, task: _Task) -> None:
         name = task.binary.name
         if name in self.state.records:
-            why = "an update was interrupted: the next sync finishes or undoes it first"
-            unfinished = Result(name, "waiting", False, kind="recovery", error=why, note=why)
+            busy = is_locked(self._settings.state_dir)
+            why = "a sync is at work on it" if busy else "an update was interrupted: the next sync resolves it first"
+            unfinished = Result(name, "waiting", busy, kind="recovery", error=None if busy else why, note=why)
             self._end(unfinished if self._options.dry_run else self.results[name])
         elif not self._is_paused(name):
             self._workers.submit((self._consider, task), lambda: self._look(task))
@@ -172,15 +173,11 @@ class Sync:
         cache.answers[binary.name] = Answer(binary.version, release.md5, now)
         if slot.fingerprint:
             cache.digests[binary.path] = slot.fingerprint
-        longest = self._options.splay
-        delay = plan.splay_delay(_host(), longest) if longest else 0.0
-        new = bool(longest) and release.md5 not in memory.seen
         if slot.md5 == release.md5:
             memory.release(release.md5)
-            memory.seen = {}
-        elif new:
-            memory.seen = {release.md5: now}
-        retry, splay = self._options.retry_held, (delay, longest)
+        retry, splay = self._options.retry_held, self._options.splay
+        delay = plan.splay_delay(_host(), splay) if splay else 0.0
+        new = plan.note_due(memory, release.md5, slot.md5, now, splay, delay)
         result = plan.decide(binary.name, release.md5, slot.md5, memory, now, retry_held=retry, splay=splay)
         if new and result.outcome == "waiting" and result.well and not dry_run:
             self._report.log(f"{binary.name}: {short(release.md5)} is due in {delay:.0f} s (splay)")
@@ -245,10 +242,8 @@ class Sync:
         if recovered and result.outcome != "updated" and (result.well or not recovered.well):
             result = recovered
         self.results[result.name] = result
-        by_operator = result.outcome == "held" and result.well
-        in_vain = result.outcome == "waiting" and not result.well
-        outcome = "held by operator" if by_operator else "failed" if in_vain else result.outcome
-        self.state.cache.outcomes[result.name] = outcome
+        held = result.outcome in ("held", "rolled-back") and self.state.memory(result.name).hold_on(result.to_md5)
+        self.state.cache.outcomes[result.name] = result.outcome if result.well else "held" if held else "failed"
         if self._options.dry_run:
             return
         if result.outcome == "updated" and result.well:
@@ -289,7 +284,7 @@ class Sync:
         cache.last_sync = LastSync(now, exit_code(results, self._report.notes))
         with self._report.noting():
             if self._settings.metrics_file:
-                write_metrics(self._settings.metrics_file, cache, list(self._binaries))
+                write_metrics(self._settings.metrics_file, cache, {name: self._gauges(name) for name in self._binaries})
         self._report.troubles(results, cache, now)
         try:
             self.state.save_cache(durable=any(result.seconds for result in results))
@@ -298,6 +293,15 @@ class Sync:
             echo(f"bin-proxy: {error}", err=True)
             return 1
         return exit_code(results, self._report.notes)
+
+    def _gauges(self, name: str) -> set[str]:
+        """The metrics of a binary that are 1; a hold is one also while bin-manager is down or the binary paused."""
+        outcome, answer = self.state.cache.outcomes.get(name, ""), self.state.cache.answers.get(name)
+        hold = self.state.memory(name).hold_on(answer.md5 if answer else None)
+        if hold and outcome == "held":
+            outcome = ""
+        held = ("held_by_operator" if hold.by == "operator" else "held") if hold else ""
+        return {"current" if outcome == "updated" else outcome, held}
 
 
 def _host() -> str:

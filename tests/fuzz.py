@@ -41,7 +41,7 @@ def state_files() -> dict[str, bytes]:
         memory = state.memory("manager")
         memory.hold("1" * 32, "it failed", 1.5, "failure")
         memory.retries[MD5] = Retry(1, 2.5, "corrupt", "bytes differ")
-        memory.left[MD5], memory.strikes[MD5], memory.seen[MD5] = [1.0, 2.0], 1, 1.0
+        memory.left[MD5], memory.strikes[MD5], memory.due[MD5] = [1.0, 2.0], 1, 1.0
         memory.unwell = Unwell(MD5, 1, 2.0, "down")
         memory.down, memory.backups, memory.parts = ["manager"], [MD5], [f"{folder}/.manager.{MD5}.part"]
         memory.updated_at = 1.0

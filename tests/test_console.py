@@ -677,7 +677,7 @@ def test_one_fault_does_not_hide_another_from_doctor(host: Host) -> None:
     (host.bin / "a").mkdir()
     metrics_file = host.root / "absent" / "m.prom"
     told = "\n".join(findings(host, METRICS_FILE=str(metrics_file), BIN_MANAGER_API="http://127.0.0.2:1/api/v1"))
-    assert f"{host.bin}/a is a folder" in told and str(metrics_file) in told and "use https" in told, told
+    assert f"{host.bin}/a is not a regular file" in told and str(metrics_file) in told and "use https" in told, told
     (host.root / "ca.pem").write_text("no certificate")
     [line] = findings(host, BIN_MANAGER_CA_BUNDLE=str(host.root / "ca.pem"))
     assert "ca.pem" in line
@@ -747,6 +747,21 @@ def test_metrics_of_a_release_that_does_not_come_whole(host: Host) -> None:
         assert metrics(path)["binary_failed", "a"] == 1
 
 
+def test_the_metrics_know_a_hold_while_bin_manager_is_down_and_while_it_is_paused(zoo: Host) -> None:
+    """Else an alert would be over, and new, with each outage."""
+    path = zoo.root / "m.prom"
+    zoo.server.stop()
+    assert zoo.sync(METRICS_FILE=str(path)).returncode == 1
+    found = metrics(path)
+    assert (
+        found["binary_held", "held"] == found["binary_failed", "held"] == found["binary_held_by_operator", "left"] == 1
+    )
+    zoo.server.start()
+    assert zoo.run("pause", "held").returncode == 0
+    assert zoo.sync("--only", "held", METRICS_FILE=str(path)).returncode == 0
+    assert metrics(path)["binary_held", "held"] == metrics(path)["binary_paused", "held"] == 1
+
+
 def test_metrics_of_a_failure(host: Host) -> None:
     """What could not be done is `failed`; a metrics file that cannot be written is told, and exit 1."""
     host.write_manifest({"name": "a+b.c", **FILE})
@@ -773,6 +788,23 @@ def delay_of(host: Host, *prefix: str) -> float:
     found = re.search(r"due in (\d+) s \(splay\)", host.log())
     assert found, host.log()
     return float(found[1])
+
+
+def test_status_tells_an_update_that_waits_for_its_time_from_one_that_fails(host: Host) -> None:
+    """While it waits, also for a first install, all is well; once it is due and fails, it is not."""
+    host.write_manifest({"name": "a", **FILE})
+    host.server.publish("a", good("v1"))
+    assert host.sync("--splay", "604800").returncode == 0
+    done = host.run("status", "--json", "--check")
+    [row] = json.loads(done.stdout)["binaries"]
+    assert (done.returncode, row["state"]) == (0, "missing") and row["retryAt"]
+    shutil.rmtree(host.state)
+    host.server.always[host.server.download_path("a")] = answering(404, b"")
+    host.sync("--splay", "1")
+    eventually(lambda: host.sync("--splay", "1").returncode == 1)
+    done = host.run("status", "--json", "--check")
+    [row] = json.loads(done.stdout)["binaries"]
+    assert done.returncode == 1 and "404" in row["error"]
 
 
 def test_splay(host: Host) -> None:

@@ -24,7 +24,7 @@ from tests import clock
 from tests.clock import at
 from tests.conftest import require, require_root
 from tests.faults import answering
-from tests.host import Host, dies_after, dies_at_once, eventually, good, md5, running_host
+from tests.host import Host, dies_after, dies_at_once, eventually, good, md5, running, running_host
 from tests.server import Handler
 
 REPOSITORY = Path(__file__).parent.parent
@@ -921,6 +921,51 @@ def test_an_entry_removed_during_its_update() -> None:
         assert host.sync().returncode == 0
 
 
+def test_a_state_folder_that_fills_up_during_an_update_restarts_nothing_every_minute() -> None:
+    """What runs the release that it should is left alone, however long nothing can be written down."""
+    with quick_host() as host, tmpfs(host.state, "256k") as folder:
+        assert host.sync().returncode == 0
+        new = host.server.publish("manager", V2)
+        pid = host.pid("manager")
+        with running(host, "sync", MIN_HEALTHY_SECONDS="3") as run:
+            eventually(lambda: host.pid("manager") not in (0, pid))
+            with suppress(OSError), open(folder / "full", "wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+            assert run.wait(60) == 1
+        pid = host.pid("manager")
+        for _ in range(3):
+            host.sync()
+            assert host.pid("manager") == pid
+        assert host.log().count("manager: updated") == 1
+        (folder / "full").unlink()
+        assert host.sync().returncode == 0
+        assert host.pid("manager") == pid and host.running_md5("manager") == host.reported("manager") == new
+
+
+def test_an_interrupted_roll_back_with_a_full_state_folder_restarts_nothing_every_minute() -> None:
+    """The hold must not be lost, so its record stays; the previous release, which runs, is only watched."""
+    with quick_host() as host, tmpfs(host.state, "256k") as folder:
+        assert host.sync().returncode == 0
+        bad = host.server.publish("manager", dies_after(2.5, "bad"))
+        pid = host.pid("manager")
+        with running(host, "sync", MIN_HEALTHY_SECONDS="5") as run:
+            eventually(lambda: host.pid("manager") not in (0, pid))
+            with suppress(OSError), open(folder / "full", "wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+            assert run.wait(60) == 1
+        assert host.running_md5("manager") == md5(V1)
+        pid = host.pid("manager")
+        for _ in range(2):
+            assert host.sync().returncode == 1
+            assert host.pid("manager") == pid
+        (folder / "full").unlink()
+        assert host.sync().returncode == 1
+        assert host.outcomes() == {"manager": "held"} and host.server.downloads == 1
+        assert host.pid("manager") == pid and bad != host.disk_md5("manager")
+
+
 # damaged state
 
 
@@ -1109,6 +1154,22 @@ def test_a_log_file_that_cannot_be_written(host: Host, what: str) -> None:
     assert host.disk_md5("manager") == host.reported("manager") == md5(V2)
     again = host.sync(LOG_FILE=str(path), timeout=30)
     assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_a_line_for_which_the_log_has_no_room_is_not_cut(host: Host) -> None:
+    """One event is one line: what does not fit is said, and the next line stands by itself."""
+    install_old(host)
+    with tmpfs(host.root / "small", "8k") as folder:
+        room = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        (folder / "log").write_text("x" * (room - 31) + "\n")
+        done = host.sync(LOG_FILE=str(folder / "log"))
+        assert "LOG_FILE" in done.stderr and host.disk_md5("manager") == md5(V2)
+        assert (folder / "log").stat().st_size == room - 30
+        os.truncate(folder / "log", 0)
+        host.server.publish("manager", V3)
+        assert host.sync(LOG_FILE=str(folder / "log")).returncode == 0
+        [line] = (folder / "log").read_text().splitlines()
+        assert line.startswith("[") and md5(V3) in line
 
 
 def test_a_log_file_on_a_full_disk(host: Host) -> None:

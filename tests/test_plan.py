@@ -98,10 +98,10 @@ def test_a_release_that_never_ran_is_never_held(
 @pytest.mark.parametrize("retry_held", [False, True])
 def test_the_release_that_is_installed_is_current_whatever_is_remembered(retry_held: bool) -> None:
     """What is on disk is compared first: no hold, pause or splay makes the offered release anything but current."""
-    memory = Memory(seen={NEW: NOW})
+    memory = Memory(due={NEW: NOW + 100})
     memory.hold(NEW, "bad", NOW, "failure")
     memory.retries[NEW] = Retry(1, NOW + 60, "corrupt", "bytes differ")
-    found = decided(memory, installed=NEW, retry_held=retry_held, splay=(100.0, 200.0))
+    found = decided(memory, installed=NEW, retry_held=retry_held, splay=200.0)
     assert (found.outcome, found.well, found.error) == ("current", True, None)
 
 
@@ -126,6 +126,14 @@ def test_a_held_release_is_not_tried(by: str, well: bool) -> None:
     memory.hold(NEW, "why", NOW - 365 * 86400, by)
     found = decided(memory)
     assert (found.outcome, found.well, found.note) == ("held", well, "why")
+
+
+def test_an_operators_hold_does_not_make_an_absent_file_well() -> None:
+    """A rollback is where the operator wants the host to be; that the file was deleted since is not."""
+    memory = Memory()
+    memory.hold(NEW, "why", NOW, "operator")
+    found = decided(memory, installed=None)
+    assert (found.outcome, found.well) == ("held", False)
 
 
 def test_a_hold_wins_over_a_pause() -> None:
@@ -299,30 +307,56 @@ def test_the_splay_spreads_a_fleet_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seen", "outcome"),
-    [(NOW - 299, "waiting"), (NOW - 300, "update"), (NOW - 86400, "update"), (NOW, "waiting"), (None, "waiting")],
+    ("due", "outcome"), [(NOW + 1, "waiting"), (NOW, "update"), (NOW - 86400, "update"), (NOW + 300, "waiting")]
 )
-def test_an_update_is_due_at_a_delay_after_it_was_first_seen(seen: float | None, outcome: str) -> None:
-    """Before that it waits, which is no trouble; a release never seen before is seen now."""
-    memory = Memory(seen={} if seen is None else {NEW: seen})
-    found = decided(memory, splay=(300.0, 600.0))
+def test_an_update_waits_until_it_is_due(due: float, outcome: str) -> None:
+    """Before that it waits, which is no trouble."""
+    found = decided(Memory(due={NEW: due}), splay=600.0)
     assert found.outcome == outcome
     assert found.well
-    assert outcome == "update" or found.note.endswith(until((seen or NOW) + 300))
+    assert outcome == "update" or found.note.endswith(until(due))
+
+
+def test_an_update_is_due_at_a_delay_after_it_was_first_seen() -> None:
+    """Seen again, it is due when it was, also where others were offered, or installed, in between."""
+    memory = Memory()
+    assert plan.note_due(memory, NEW, OLD, NOW, 900.0, 140.0)
+    assert memory.due == {NEW: NOW + 140}
+    for minute in range(1, 30):
+        offered, installed = [(OTHER, OLD), (NEW, OLD), (OLD, OLD)][minute % 3]
+        assert plan.note_due(memory, offered, installed, NOW + 60 * minute, 900.0, 140.0) == (minute == 3)
+    assert memory.due == {NEW: NOW + 140, OTHER: NOW + 180 + 140}
+
+
+def test_a_release_that_comes_back_much_later_is_spread_anew() -> None:
+    """Else a fleet that goes back to an earlier release would restart in step; one that is still offered is not."""
+    memory = Memory()
+    plan.note_due(memory, NEW, OLD, NOW, 900.0, 140.0)
+    plan.note_due(memory, NEW, OLD, NOW + 86400, 900.0, 140.0)
+    assert memory.due == {NEW: NOW + 140}
+    plan.note_due(memory, NEW, NEW, NOW + 86400, 900.0, 140.0)
+    assert memory.due == {}
+
+
+def test_without_a_splay_nothing_is_noted() -> None:
+    """A run by hand neither waits nor begins anybody's time."""
+    memory = Memory()
+    assert not plan.note_due(memory, NEW, OLD, NOW, 0.0, 0.0) and memory.due == {}
+    assert decided(Memory(due={NEW: NOW + 100})).outcome == "update"
 
 
 def test_a_splay_survives_a_clock_that_jumped_back() -> None:
-    """A first sight in the far future does not put the update off until then."""
-    memory = Memory(seen={NEW: NOW + 400 * 86400})
-    assert decided(memory, splay=(300.0, 600.0)).outcome == "update"
+    """A date in the far future does not put the update off until then."""
+    assert decided(Memory(due={NEW: NOW + 400 * 86400}), splay=600.0).outcome == "update"
 
 
 def test_the_splay_waits_only_for_what_would_be_tried() -> None:
     """A held release is held, not waiting, and what waits for its pause says so."""
     memory = Memory(retries={OTHER: Retry(1, NOW + 60, "corrupt", "bytes differ")})
+    memory.due = {NEW: NOW + 300, OTHER: NOW + 300}
     memory.hold(NEW, "bad", NOW, "failure")
-    assert decided(memory, splay=(300.0, 600.0)).outcome == "held"
-    assert decided(memory, OTHER, splay=(300.0, 600.0)).note.startswith("bytes differ")
+    assert decided(memory, splay=600.0).outcome == "held"
+    assert decided(memory, OTHER, splay=600.0).note.startswith("bytes differ")
 
 
 # Recovery

@@ -113,13 +113,27 @@ def _with_a_word(value: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("file", STATE_FILES)
 def test_a_state_file_of_another_shape_is_unreadable(file: str, tmp_path: Path) -> None:
-    """A word in the place of a list would be worked through letter by letter; a key that is missing is not nothing."""
+    """A word in the place of a list would be worked through letter by letter; what must be there is not nothing."""
     whole = json.loads(STATE_FILES[file])
-    less = [{key: value for key, value in whole.items() if key != left_out} for left_out in whole]
-    for content in [*_with_a_word(whole), *less, {**whole, "more": {}}]:
+    may_lack = {"cache.json": set(whole) - {"version"}, "journal/manager.json": {"phase", "fault", "reason"}}
+    needed = set(whole) - may_lack.get(file, set())
+    less = [{key: value for key, value in whole.items() if key != left_out} for left_out in needed]
+    for content in [*_with_a_word(whole), *less]:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(json.dumps(content))
         assert [name for name, _ in State(str(tmp_path), ("manager",)).unreadable] == [file], content
+
+
+def test_a_memory_of_the_version_before_is_read(tmp_path: Path) -> None:
+    """Of what an upgrade adds the default counts, and what it gave up is passed over: no hold is lost."""
+    whole = json.loads(STATE_FILES["state.json"])
+    memory = whole["memories"]["manager"]
+    del memory["due"]
+    memory |= {"seen": {MD5: 1.0}, "lost": ""}
+    (tmp_path / "state.json").write_text(json.dumps(whole))
+    state = State(str(tmp_path), ("manager",))
+    assert state.unreadable == [] and state.memory("manager").hold_on("1" * 32)
+    assert state.memory("manager").due == {}
 
 
 @pytest.mark.parametrize(

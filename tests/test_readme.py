@@ -91,7 +91,7 @@ def test_the_manifest_that_it_shows_is_a_manifest(readme: Path, tmp_path: Path) 
 @both
 def test_every_metric_is_told(readme: Path, tmp_path: Path) -> None:
     """The table of metrics, and the rules for alerts, speak of the metrics that are written, and of no others."""
-    write_metrics(str(tmp_path / "m.prom"), Cache(last_sync=LastSync(0.0, 0)), ["manager"])
+    write_metrics(str(tmp_path / "m.prom"), Cache(last_sync=LastSync(0.0, 0)), {"manager": {"held"}})
     written = set(re.findall(r"^(bin_proxy_\w+)", (tmp_path / "m.prom").read_text(), re.M))
     assert set(re.findall(r"`(bin_proxy_[a-z_]+)`", prose(readme))) == written
     [rules] = [text for language, text in blocks(readme) if language == "yaml"]

@@ -670,6 +670,17 @@ def test_a_dry_run_needs_no_lock(host: Host) -> None:
         assert process.poll() is None
 
 
+def test_a_dry_run_beside_a_sync_says_that_it_is_at_work(manager_host: Host) -> None:
+    """What is under way was not interrupted, and is no trouble."""
+    host = manager_host
+    host.server.publish("manager", good("v2"))
+    with running(host, "sync", MIN_HEALTHY_SECONDS="4") as process:
+        eventually(lambda: host.disk_md5("manager") == md5(good("v2")))
+        done = host.sync("--dry-run")
+        assert done.returncode == 0 and re.search(r"^manager: .*at work", done.stdout, re.M), done.stdout
+        assert process.wait(60) == 0
+
+
 def test_a_dry_run_says_that_a_release_is_held_and_why(manager_host: Host) -> None:
     """A held release is told as held, with the reason, and an update that cannot be done is told as failing."""
     host = manager_host
@@ -1040,6 +1051,21 @@ def test_what_comes_between_makes_no_news_of_an_old_trouble(host: Host, between:
     host.write_manifest(tool("tool"), tool("fine"))
     assert host.sync().returncode == 0
     assert re.search("tool: over after .*held", host.log().splitlines()[-1])
+
+
+def test_trouble_with_supervisor_after_trouble_with_the_folder_is_told(host: Host) -> None:
+    """They are mended by different people, or commands: the second must not hide behind the first."""
+    offer(host, "tool")
+    host.write_manifest(tool(service="nobody"))
+    host.bin.rename(host.root / "elsewhere")
+    host.bin.write_bytes(b"")
+    assert len(host.sync().stderr.splitlines()) == 1
+    host.bin.unlink()
+    (host.root / "elsewhere").rename(host.bin)
+    host.start_supervisord()
+    done = host.sync()
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "nobody" in done.stderr
+    assert host.sync().stderr == ""
 
 
 def test_another_trouble_of_the_same_binary_is_told(host: Host) -> None:
