@@ -193,7 +193,7 @@ class BinManager:
             raise BinManagerError(f"bin-manager redirects more than {_REDIRECTS} times")
         status = response.status_code
         self._tell(f"GET {path}: HTTP {status}")
-        if status not in ((200, 206, 416) if "Range" in headers else (200,)):
+        if status not in ((200, 206, 400, 412, 416, 501) if "Range" in headers else (200,)):
             passing = status == 429 or status >= 500
             raise _Failed(_refusal(response), _retry_after(response) if passing else math.inf)
         return response

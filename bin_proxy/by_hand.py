@@ -29,7 +29,7 @@ def roll_back(
         settings: every setting.
         binaries: the whole manifest.
         name: of the binary.
-        to: the MD5, or its beginning, of which the newest is taken; None for the newest that is kept.
+        to: the MD5, or its beginning; None for the newest that is kept.
         report: who is told.
         signals: held back meanwhile.
 
@@ -52,9 +52,10 @@ def roll_back(
             raise HostError(f"{name}: {recovered.error}")
         slot = inspect(binary.path)
         kept = [md5 for md5 in updater.backups_of(name) if md5 != slot.md5]
-        md5 = next((md5 for md5 in kept if md5.startswith((to or "").lower())), None)
-        if md5 is None:
+        matching = kept[:1] if to is None else [md5 for md5 in kept if to and md5.startswith(to.lower())]
+        if len(matching) != 1:
             raise UsageError(f"{name} cannot go back to {to or 'another release'}; kept: {', '.join(kept) or 'none'}")
+        [md5] = matching
         try:
             updater.preflight(binary, slot)
             state.memory(name).parts.append(part_path(slot.target, name, md5))  # removed by the next sync if need be
@@ -115,7 +116,6 @@ def resume(settings: Settings, names: tuple[str, ...]) -> str:
         HostError: it cannot be remembered.
     """
     state = State(settings.state_dir, ())
-    for name in names or ("*",):
-        state.pauses.pop(name, None)
-    state.save_pauses()
-    return f"still paused: {', '.join(state.pauses).replace('*', 'the whole host') or 'nothing'}"
+    if [name for name in names or ("*",) if state.pauses.pop(name, None)]:
+        state.save_pauses()
+    return f"paused now: {', '.join(state.pauses).replace('*', 'the whole host') or 'nothing'}"

@@ -19,7 +19,7 @@ from click import Context
 from bin_proxy import __version__
 from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean
 from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.report import Report, echo, merge
+from bin_proxy.report import Report, echo, merge, when
 from bin_proxy.settings import TABLE, Settings, load_settings, number
 
 _EPILOG = f"""A setting may come from an option, the environment or the config file (NAME=value
@@ -70,8 +70,9 @@ def _manifest(settings: Settings, names: tuple[str, ...]) -> tuple[Binary, ...]:
     """The manifest, which must have `names`. Raises UsageError."""
     binaries = load_manifest(settings)
     known = [binary.name for binary in binaries]
-    if unknown := ", ".join(name for name in names if name not in known):
-        raise UsageError(f"the manifest {settings.manifest} has no {unknown}; it has {', '.join(known) or 'nothing'}")
+    if unknown := [name for name in names if name not in known]:
+        there = ", ".join(known) or "nothing"
+        raise UsageError(f"the manifest {settings.manifest} has no {', '.join(unknown)}; it has {there}")
     return binaries
 
 
@@ -253,10 +254,8 @@ def doctor(context: Context) -> int:
 
 def _fail(error: Exception) -> int:
     if isinstance(error, Busy):
-        old = error.since is not None and time.time() - error.since > 900
-        if old or sys.stderr.isatty():
-            since = time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(error.since)) if error.since else ""
-            echo(f"bin-proxy: {error}{since}", err=True)
+        if time.time() - error.since > 900 or sys.stderr.isatty():
+            echo(f"bin-proxy: {error} since {when(error.since)}", err=True)
         return 75
     for line in error.faults if isinstance(error, UsageError) else [str(error)]:
         click.echo(clean(f"bin-proxy: {line}"), err=True)  # not wrapped: what to do is to be copied
@@ -286,4 +285,8 @@ def main() -> None:
 
         kill_all()
         code = 128 + error.signum
-    sys.exit(code)  # None: a command that either succeeds or raises
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads any more
+            stream.flush()
+    # Not sys.exit: a thread that still hangs in a request must not hold up the end. None: a command without a verdict.
+    os._exit(code or 0)

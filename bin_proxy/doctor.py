@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bin_proxy.errors import BinProxyError, UsageError
-from bin_proxy.manifest import load_manifest
+from bin_proxy.manifest import Binary, load_manifest
 from bin_proxy.report import merge
 from bin_proxy.settings import Settings, untrusted
 from bin_proxy.status import DEAD, judge_last_sync, survey
@@ -36,9 +36,13 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str]]:
     public = found and os.stat(config).st_mode & 0o004
     if public and settings.token and settings.token in Path(config).read_text("utf-8"):
         yield False, f"config: everybody may read the token in {config}: chmod o-r {config}"
-    binaries = load_manifest(settings)
-    names = ", ".join(binary.name for binary in binaries) or "no binary"
-    yield True, f"manifest: {settings.manifest} names {names}"
+    binaries: tuple[Binary, ...] = ()
+    try:
+        binaries = load_manifest(settings)
+        names = ", ".join(binary.name for binary in binaries) or "no binary"
+        yield True, f"manifest: {settings.manifest} names {names}"
+    except UsageError as error:
+        yield from ((False, fault) for fault in error.faults)
     for name, path in (("LOG_FILE", settings.log_file), ("METRICS_FILE", settings.metrics_file)):
         folder = os.path.dirname(path)
         fine = not os.path.isdir(path) and os.access(path if os.path.exists(path) else folder, os.W_OK)
@@ -47,11 +51,13 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str]]:
             yield fine, f"{name}: {path}{'' if fine else way_out}"
     folders = {("folder", os.path.dirname(os.path.realpath(binary.path))) for binary in binaries}
     for what, folder in (*sorted(folders), ("state", settings.state_dir)):
-        if os.path.isdir(folder):  # else it is found with its binaries, or made by the first sync
+        if os.path.isdir(folder):
             free = shutil.disk_usage(folder).free >> 20
             fine = os.access(folder, os.W_OK | os.X_OK)
             text = f"has {free:,} MiB free" if fine else "cannot be written: run as root, or correct its owner"
             yield fine and free >= 64, f"{what}: {folder} {text}{'' if free >= 64 else ': make room'}"
+        elif what == "folder":  # the first sync makes the other
+            yield False, f"folder: {folder} is absent: mkdir -p {folder}"
     if os.path.isdir(settings.state_dir):
         yield from ((False, f"state: {fault}") for fault in untrusted(settings.state_dir))
     api = urlsplit(settings.api)

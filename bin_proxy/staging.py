@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import signal
 import stat
 import threading
 from collections.abc import Callable
@@ -251,7 +252,7 @@ def _verify(command: tuple[str, ...], limit: float, path: str, md5: str) -> None
             done = run([word.replace("{file}", path) for word in command], limit)
         finally:
             os.fchmod(fd, 0o600)
-    if done.code is None:
+    if done.code in (None, -signal.SIGKILL):  # the latter, where memory was short
         raise HostError(f"{what} {done.ending}")
     changed = inspect(path).md5 != md5
     if done.code != 0 or changed:
