@@ -67,7 +67,6 @@ class BinManager:
         # No session: it would take credentials from .netrc, keep cookies, and read the whole body of each redirect.
         self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=settings.jobs)
         self._home = ""  # scheme, host and port as sent: a host is written in several ways
-        self._safe = {"https", urlsplit(settings.api).scheme}
         self._proxies = get_environ_proxies(settings.api)  # once, not for each request
         self._unanswered = 0  # requests in a row, whichever binary they were for
 
@@ -117,6 +116,8 @@ class BinManager:
                     part.write(chunk)
                     if time.monotonic() > deadline:
                         raise TimeoutError
+                if part.total is not None and part.offset < part.total:  # of which urllib3 1 says nothing
+                    raise ConnectionError("the connection was closed in the middle of a download")
 
         self._retrying(fetch, deadline, lambda: part.offset)
 
@@ -167,14 +168,16 @@ class BinManager:
     def _get(self, path: str, headers: dict[str, str]) -> requests.Response:
         """GET `path`, redirects followed; the token goes to the API's own origin alone."""
         url = f"{self._settings.api}/{path}"
+        safe = {"http", "https"}
         headers |= {"User-Agent": f"bin-proxy/{__version__}", "Accept-Encoding": "identity"}
         for _ in range(_REDIRECTS + 1):
             # Judged as it will be sent: two parsers that read one address differently would send the token astray.
             request = requests.Request("GET", url, headers).prepare()
             url = str(request.url)
             parts = urlsplit(url)
-            if parts.scheme not in self._safe:
+            if parts.scheme not in safe:
                 raise BinManagerError("bin-manager redirects to something that is neither http nor as safe as https")
+            safe &= {parts.scheme, "https"}
             origin = f"{parts.scheme}://{parts.netloc}"
             self._home = self._home or origin
             own = origin == self._home
@@ -249,9 +252,10 @@ def _parse_release(body: bytes) -> Release:
     data = answer["data"] if isinstance(answer.get("data"), dict) else {}
     found: dict[str, str | None] = {}
     for key, pattern in (("md5", "[0-9a-f]{32}"), ("sha256", "[0-9a-f]{64}"), ("size", "[0-9]{1,18}")):
-        text = str(data.get(key)).strip().lower()
+        told = str(data.get(key))
+        text = told.strip().lower()
         absent = data.get(key) is None and key != "md5"
         if not absent and not re.fullmatch(pattern, text):
-            raise BinManagerError(f"bin-manager answered HTTP 200 with a {key} that is none: {text[:80]!r}")
+            raise BinManagerError(f"bin-manager answered HTTP 200 with a {key} that is none: {told[:80]!r}")
         found[key] = None if absent else text
     return Release(str(found["md5"]), found["sha256"], int(found["size"]) if found["size"] else None)

@@ -13,7 +13,7 @@ from bin_proxy.memory import Pause
 from bin_proxy.plan import short
 from bin_proxy.report import Report, when
 from bin_proxy.settings import Settings
-from bin_proxy.slot import inspect, part_path
+from bin_proxy.slot import Backups, inspect, part_path
 from bin_proxy.state import State
 from bin_proxy.updater import Updater
 
@@ -51,16 +51,19 @@ def roll_back(
         if recovered and name in state.records:
             raise HostError(f"{name}: {recovered.error}")
         slot = inspect(binary.path)
-        kept = [md5 for md5 in updater.backups_of(name) if md5 != slot.md5]
+        backups, memory = Backups(settings.state_dir), state.memory(name)
+        kept = [md5 for md5 in backups.listed(name, memory.backups) if md5 != slot.md5]
         matching = kept[:1] if to is None else [md5 for md5 in kept if to and md5.startswith(to.lower())]
         if len(matching) != 1:
             raise UsageError(f"{name} cannot go back to {to or 'another release'}; kept: {', '.join(kept) or 'none'}")
         [md5] = matching
         try:
             updater.preflight(binary, slot)
-            state.memory(name).parts.append(part_path(slot.target, name, md5))  # removed by the next sync if need be
+            part = part_path(slot.target, name, md5)
+            memory.parts.append(part)  # removed by the next sync if need be
             state.save()
-            updater.stage_backup(binary, slot, md5)
+            with host_errors(f"stage the backup of {name}"):
+                backups.stage(name, md5, part)
             result = updater.activate(binary, slot, md5, "operator")
         except HostError as error:
             report.log(f"{name}: not rolled back to {md5}: {error}")

@@ -65,7 +65,11 @@ def _check(settings: Settings) -> Iterator[tuple[bool, str]]:
         yield False, "bin-manager: asked over plain http, so anyone on the way may alter a release: use https"
     if not settings.supervisorctl:
         yield True, "supervisor: no supervisorctl on this host: install it where a service is to be restarted"
-    views, state = survey(settings, binaries, offline=False)
+    try:
+        views, state = survey(settings, binaries, offline=False)
+    except UsageError as error:
+        yield False, f"bin-manager: {error}"
+        views, state = survey(settings, binaries, offline=True)
     for row in (view.row for view in views):
         if row["latestMd5"]:
             yield True, f"bin-manager: {row['name']}: {row['version']} is {row['latestMd5']}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from filelock import Timeout, UnixFileLock
 
 from bin_proxy.atomic import make_folder
-from bin_proxy.errors import Busy, Interrupted, UsageError, host_errors
+from bin_proxy.errors import Busy, Interrupted, UsageError, host_error, host_errors
 from bin_proxy.settings import untrusted
 
 _ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM
@@ -72,6 +72,8 @@ def locked(state_dir: str, wait: float) -> Iterator[None]:
             held = lock.acquire(timeout=wait, poll_interval=0.2)
         except Timeout:
             raise Busy(os.stat(path).st_mtime) from None
+        except NotImplementedError as error:  # a filesystem without flock(2)
+            raise host_error(f"lock {state_dir}", error) from error
         os.utime(path)  # tells others since when
     with held:
         yield

@@ -163,7 +163,7 @@ def _health(check: Any) -> HealthCheck | None:
         return HealthCheck(kind, words) if words else None
     fits = isinstance(target, str) and is_url(target if kind == "http" else f"http://{target}")
     if fits and kind == "tcp":
-        fits = target.rpartition(":")[2].isdigit()
+        fits = re.fullmatch(r".+:[0-9]+", target) is not None
     return HealthCheck(kind, target) if fits else None
 
 

@@ -41,7 +41,7 @@ def run(arguments: Sequence[str], timeout: float) -> Finished:
         arguments, timeout: the program and its arguments; seconds after which its whole process group is killed.
 
     Raises:
-        HostError: it cannot be started.
+        HostError: it cannot be started, or not be waited for.
     """
     from subprocess import DEVNULL, PIPE, Popen  # not needed in a minute in which nothing changed
 
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str], timeout: float) -> Finished:
         child = Popen(
             arguments, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd="/", env=_environment(), start_new_session=True
         )
-    with child:
+    with host_errors(f"run {arguments[0]}"), child:
         _running.add(child.pid)
         try:
             while not ended and time.monotonic() < deadline:

@@ -203,8 +203,8 @@ def untrusted(path: str) -> list[str]:
         if str(found.st_uid) not in trusted:
             faults.append(f"{what} belongs to user {found.st_uid}, not to root: chown -h root {quoted}")
         # With an ACL, the group's mode is that of whoever the ACL names.
-        group = found.st_gid != 0 or "system.posix_acl_access" in os.listxattr(here, follow_symlinks=False)
+        group = mode & stat.S_IWGRP and (found.st_gid != 0 or "system.posix_acl_access" in os.listxattr(here))
         safe = stat.S_ISLNK(mode) or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX)
-        if not safe and (mode & stat.S_IWOTH or (mode & stat.S_IWGRP and group)):
+        if not safe and (mode & stat.S_IWOTH or group):
             faults.append(f"others may write {what}: chmod go-w {quoted}")
     return faults

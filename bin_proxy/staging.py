@@ -217,6 +217,7 @@ class Staging:
             if not part.offset or isinstance(error, (CorruptDownload, HostError)):  # else what came is worth keeping
                 with suppress(HostError):
                     discard(path)
+                    part.offset = 0  # so that all its room is given back
             if isinstance(error, CorruptDownload):
                 newest = self._api.latest(binary)
                 if newest.md5 != release.md5:

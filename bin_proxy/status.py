@@ -104,7 +104,8 @@ def _service(binary: Binary, processes: list[Process], slot: Slot) -> tuple[dict
         return None, "-"
     worst = min(processes, key=lambda process: _WORST.index(process.state))
     name = " ".join(binary.services or (process.name for process in processes))
-    pending = restart_pending(worst.pid, slot)
+    seen = [restart_pending(process.pid, slot) for process in processes]
+    pending = True if True in seen else None if None in seen else False
     uptime = worst.words.partition("uptime ")[2]
     words = f"{worst.state} {worst.pid or ''} {uptime} {'(restart pending)' if pending else ''}"
     return {"name": name, "state": worst.state, "pid": worst.pid, "restartPending": pending}, " ".join(words.split())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from bin_proxy.errors import ReleaseError, Stuck, SupervisorError
+from bin_proxy.errors import HostError, ReleaseError, Stuck, SupervisorError
 from bin_proxy.manifest import Binary
 from bin_proxy.process import Finished, run
 
@@ -36,7 +36,7 @@ def parse_status(output: str) -> dict[str, Process]:
         SupervisorError: it says something else, such as that supervisord cannot be reached.
     """
     found = {}
-    for line in output.splitlines():
+    for line in filter(str.strip, output.splitlines()):
         match = _STATUS.fullmatch(line.strip())
         if not match:
             raise SupervisorError(f"supervisord cannot be asked: {line.strip()[:200]}")
@@ -182,7 +182,8 @@ class Supervisor:
             Stuck: one is neither up nor dead, or was not restarted.
             SupervisorError: supervisord cannot be asked.
         """
-        start = since = up = time.monotonic()
+        start = since = time.monotonic()
+        left: float | None = None  # since when those that came up are STOPPED
         seen: list[dict[str, int]] = []  # the pids under which all were RUNNING, one after another
         passed = probe is None
         while True:
@@ -193,8 +194,9 @@ class Supervisor:
             running = [process for process in found.values() if process.state == "RUNNING"]
             stopped = [process.name for process in found.values() if process.state == "STOPPED"]
             pids = {process.name: process.pid or 0 for process in running if process.pid != before[process.name]}
+            resting = seen and stopped and len(pids) + len(stopped) == len(before)
+            left = (left or now) if resting else None
             if len(pids) == len(before):
-                up = now
                 if pids not in seen[-1:]:
                     seen.append(pids)
                     since = now
@@ -209,7 +211,7 @@ class Supervisor:
                     passed = wrong is None
                 if over and passed:
                     return pids
-            elif seen and now - up > _LEFT_STOPPED and len(pids) + len(stopped) == len(before):
+            elif left and now - left > _LEFT_STOPPED:
                 before, seen = {name: pid for name, pid in before.items() if name not in stopped}, []
                 if not before:
                     return {}
@@ -221,10 +223,13 @@ class Supervisor:
     def _run(self, arguments: list[str], timeout: float, late: type[SupervisorError] = SupervisorError) -> Finished:
         if not self._command:
             raise SupervisorError("there is no supervisorctl on this host: install it, or set SUPERVISORCTL")
-        done = run([*self._command, *arguments], timeout)
-        if done.code is not None and done.code < 0:
-            # Killed in the middle, which leaves a program STOPPED: only another try can mend that.
+        try:
             done = run([*self._command, *arguments], timeout)
+            if done.code is not None and done.code < 0:
+                # Killed in the middle, which leaves a program STOPPED: only another try can mend that.
+                done = run([*self._command, *arguments], timeout)
+        except HostError as error:
+            raise SupervisorError(str(error)) from error
         words = f"supervisorctl {' '.join(arguments)}"
         self._tell(f"{words}: {done.ending}")
         if done.code is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -47,19 +48,6 @@ class Updater:
         """
         check_writable(slot.folder)
         self._supervisor.of(binary)
-
-    def stage_backup(self, binary: Binary, slot: Slot, md5: str) -> None:
-        """Stage a kept release as `stage` does a downloaded one.
-
-        Raises:
-            HostError: it is damaged or cannot be staged.
-        """
-        with host_errors(f"stage the backup of {binary.name}"):
-            self._backups.stage(binary.name, md5, part_path(slot.target, binary.name, md5))
-
-    def backups_of(self, name: str) -> list[str]:
-        """The MD5s of the kept releases of a binary, newest first."""
-        return self._backups.listed(name, self._state.memory(name).backups)
 
     def activate(self, binary: Binary, slot: Slot, md5: str, by: str) -> Result:
         """Swap the staged release in, restart, watch, and commit or roll back.
@@ -138,7 +126,8 @@ class Updater:
 
     def _commit(self, record: Record, pids: dict[str, int]) -> Result:
         memory, now = self._state.memory(record.name), time.time()
-        memory.release(record.new)
+        if pids or not record.processes:  # else an operator stopped it before it was seen to be well
+            memory.release(record.new)
         memory.unwell, memory.down, memory.updated_at = None, [], now
         if record.old and record.old != record.new:
             plan.leave(memory, record.old, now)
@@ -194,14 +183,17 @@ class Updater:
             except BackupLost as error:  # what is there stays, its restart is tried again, and the way forward is free
                 record.old = record.new = inspect(record.target).md5 or ""
                 record.fault, came_back, words, pids = "host", False, f"{error}, so {short(record.new)} stays", {}
-            found = {} if came_back or not record.processes else self._supervisor.processes()
+            down = [] if came_back else self._left_stopped(record.processes)
         except (OSError, HostError) as error:
             words = f"{record.reason}; {so_far}: {error}; the next run goes on with it"
             return Result(record.name, "failed", False, record.old, record.new, error=words, kind="roll-back")
-        # What is STOPPED now was left so by us; what is later, by an operator.
-        down = [name for name in record.processes if name in found and found[name].state == "STOPPED"]
         self._state.memory(record.name).down = down
         return self._conclude(record, came_back, words, pids)
+
+    def _left_stopped(self, names: Collection[str]) -> list[str]:
+        """Those that we leave STOPPED; one that is so later was stopped by an operator."""
+        found = self._supervisor.processes() if names else {}
+        return [name for name in names if name in found and found[name].state in ("STOPPED", "STOPPING")]
 
     def _restore(self, record: Record) -> None:
         if record.old is not None and inspect(record.target).md5 != record.old:
@@ -290,7 +282,7 @@ class Updater:
     def _unknown_record(self, binary: Binary) -> Record:
         """What an unreadable record may have begun: at the worst a restart that stopped the service."""
         slot = inspect(binary.path)
-        processes = {process.name: 0 for process in self._supervisor.settled(binary)}
+        processes = {process.name: 0 for process in self._supervisor.of(binary, fresh=True)}
         reason = "the record of an interrupted update could not be read"
         since = (True, False, "sync", time.time(), "rolling-back", "host", reason)
         record = Record(binary.name, slot.target, slot.md5, slot.md5 or "", 0, processes, *since)
@@ -334,17 +326,21 @@ class Updater:
         """
         memory = self._state.memory(binary.name)
         assert memory.unwell
-        processes, healthy, probed = self._look_at_service(binary, self._supervisor.of(binary, fresh=True))
+        processes, healthy, probed = self._look_at_service(binary, self._supervisor.settled(binary))
         if not healthy and not at_once and not plan.is_due(memory.unwell.until, now):
             return
         before = dict.fromkeys(processes, 0) if healthy else processes
+        memory.down = [] if healthy else list(processes)  # in case that we are killed between a stop and a start
+        self._state.save()
         try:
             pids = self._bring_up(binary, before, probed=probed, restart=not healthy)
         except (ReleaseError, Stuck) as error:
             last = memory.unwell
             memory.unwell = plan.after_restart(last.md5, last.count + 1, str(error), time.time())
+            memory.down = self._left_stopped(processes)
         else:
-            self._log(f"{binary.name}: runs again, pid {_pids(pids)}, after {memory.unwell.count} failed restarts")
+            how = "runs again" if pids or not processes else "was stopped by an operator"
+            self._log(f"{binary.name}: {how}, pid {_pids(pids)}, after {memory.unwell.count} failed restarts")
             memory.unwell, memory.down = None, []
         self._state.save()
 

@@ -65,6 +65,7 @@ class Workers:
                 ended.append((job, Unreachable("bin-manager did not come to an end in time")))
                 self._start()  # in the place of the thread that hangs
         for job, outcome in ended:
+            job.deadline = math.inf  # nobody waits for it in vain any more
             if job not in self._running:  # it was given up before
                 continue
             self._running.remove(job)

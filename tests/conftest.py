@@ -12,8 +12,10 @@ import pytest
 from tests.host import Host, running_host
 from tests.sweep import SCENARIOS, Bench
 
-# Who runs the tests in the background of a shell has SIGINT ignored, and so would have every program started here.
+# Who runs the tests in the background, or under nohup, has these ignored, and so would have every program started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def require(*programs: str) -> None:

@@ -147,7 +147,10 @@ BAD: list[tuple[str, Any]] = [
         ("healthCheck", value)
         for value in [None, {}, [], "x", True, {"udp": "h:1"}, {"tcp": "h:1", "http": "http://h"}]
     ),
-    *(("healthCheck", {"tcp": value}) for value in ["", "h", "h:", ":80", "h:0", "h:65536", "h:x", "h:1/x", 80]),
+    *(
+        ("healthCheck", {"tcp": value})
+        for value in ["", "h", "8080", "h:", ":80", "h:0", "h:65536", "h:x", "h:1/x", 80]
+    ),
     *(("healthCheck", {"tcp": value}) for value in ["h :1", "::1:80", None, "[::1:80"]),
     *(
         ("healthCheck", {"http": value})

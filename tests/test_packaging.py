@@ -157,6 +157,7 @@ LATE_IMPORT = """
 import os, runpy, sys
 archive, other = sys.argv[1:]
 sys.argv[1:] = ["--version"]
+os._exit = sys.exit  # or nothing would be left that could import
 try:
     runpy.run_path(archive, run_name="__main__")
 except SystemExit:

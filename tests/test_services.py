@@ -680,6 +680,20 @@ def test_a_previous_release_that_runs_without_being_well_is_restarted_when_its_p
     assert host.disk_md5("manager") == new and held(host) == []
 
 
+def test_a_restart_of_the_previous_release_that_is_cut_off_leaves_nothing_stopped(host: Host) -> None:
+    """bin-proxy and its supervisorctl die between the stop and the start: the next run takes that for no decision."""
+    require("cc")
+    wrapper, _ = neither_will_be_well(host)
+    ctl = " ".join([*SUPERVISORCTL, "-c", str(host.conf)])
+    wrapper.before("restart", f"{ctl} stop manager\nkill -9 $PPID\nexit 1")
+    assert run_later(host, 65, "sync").returncode == -signal.SIGKILL
+    eventually(lambda: host.service_state("manager") == "STOPPED")
+    wrapper.hook.unlink()
+    (host.root / "needed").touch()
+    assert run_later(host, 70, "sync").returncode == 0
+    assert host.pid("manager")
+
+
 def test_a_binary_whose_service_is_down_is_not_well_though_it_is_current(host: Host) -> None:
     """After a rollback by hand where neither release came up, status says why at once."""
     check = {"command": ["/bin/sh", "-c", f"test -e {host.root / 'well'}"]}
