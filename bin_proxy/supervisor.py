@@ -143,15 +143,19 @@ class Supervisor:
             time.sleep(1)
             look()
 
-    def restart(self, names: Collection[str]) -> None:
+    def restart(self, names: Collection[str]) -> bool:
         """Restart processes, after waiting for those that are being stopped; what becomes of them, `watch` tells.
+
+        Returns:
+            whether supervisorctl says of each that it started.
 
         Raises:
             Stuck: not within RESTART_TIMEOUT.
             SupervisorError: supervisorctl cannot be run, or supervisord cannot be asked.
         """
         self._await_stops(lambda: self.processes(names).values())
-        self._run(["restart", *names], self._restart_timeout, Stuck)
+        done = self._run(["restart", *names], self._restart_timeout, Stuck)
+        return len(re.findall(r": started\s*$", done.stdout, re.MULTILINE)) == len(names)
 
     def stop(self, names: Collection[str]) -> None:
         """Stop processes that still try to start.
@@ -162,7 +166,13 @@ class Supervisor:
         self._run(["stop", *names], self._restart_timeout)
 
     def watch(
-        self, before: Mapping[str, int], window: float, probe: Callable[[float], str | None] | None, probe_within: float
+        self,
+        before: Mapping[str, int],
+        window: float,
+        probe: Callable[[float], str | None] | None,
+        probe_within: float,
+        *,
+        started: bool,
     ) -> dict[str, int]:
         """Wait until processes have run under one pid each for the whole window, and are healthy at its end.
 
@@ -173,6 +183,7 @@ class Supervisor:
             window: seconds to stay RUNNING.
             probe: one health check, given the seconds it may take; returns what is wrong.
             probe_within: seconds within which it must pass for the first time.
+            started: all were started, so one that is STOPPED was stopped by somebody else.
 
         Returns:
             the pids.
@@ -194,7 +205,7 @@ class Supervisor:
             running = [process for process in found.values() if process.state == "RUNNING"]
             stopped = [process.name for process in found.values() if process.state == "STOPPED"]
             pids = {process.name: process.pid or 0 for process in running if process.pid != before[process.name]}
-            resting = seen and stopped and len(pids) + len(stopped) == len(before)
+            resting = (seen or started) and stopped and len(pids) + len(stopped) == len(before)
             left = (left or now) if resting else None
             if len(pids) == len(before):
                 if pids not in seen[-1:]:

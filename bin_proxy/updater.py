@@ -110,12 +110,11 @@ class Updater:
     def _bring_up(
         self, binary: Binary, before: dict[str, int], *, probed: bool, restart: bool = True
     ) -> dict[str, int]:
-        if before and restart:
-            self._supervisor.restart(before)
+        started = bool(before and restart) and self._supervisor.restart(before)
         check = partial(probe, binary.health) if probed and binary.health else None
         if not before and not check:
             return {}
-        return self._supervisor.watch(before, binary.min_healthy, check, binary.health_timeout)
+        return self._supervisor.watch(before, binary.min_healthy, check, binary.health_timeout, started=started)
 
     def _runs(self, record: Record) -> bool:
         """Whether every process executes the very file that is installed, so that a restart would only harm."""
