@@ -214,9 +214,9 @@ class Supervisor:
                 # One change may be somebody else's restart; a second is a service that does not stay up.
                 if len(seen) > 2:
                     raise ReleaseError(f"{', '.join(before)} does not stay up: it died and was started again")
-                over, left = now - since >= window, start + probe_within - now
+                over, remaining = now - since >= window, start + probe_within - now
                 if probe and (over or not passed):
-                    wrong = probe(max(0.1, min(10.0, left)))
+                    wrong = probe(max(0.1, min(10.0, remaining)))
                     if wrong and (passed or time.monotonic() >= start + probe_within):
                         raise ReleaseError(f"its health check fails: {wrong}")
                     passed = wrong is None
