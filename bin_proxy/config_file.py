@@ -53,12 +53,14 @@ def parse_config(text: str) -> dict[str, tuple[str | None, int]]:
         if sign is None:
             continue
         lost = lost or any(word in _COMPOUND for word, _, _ in words[:1])
-        names = [_NAME.match(_unquoted(word)) for word, _, _ in words]
+        named = [(_NAME.match(_unquoted(word)), word, literal, at) for word, literal, at in words]
         alone = {before, sign} <= {"", ";", "\n"}  # neither piped nor in the background nor under a condition
-        plain = alone and not lost and all(name and not name[2] for name in names)
-        for name, (word, literal, at) in zip(names, words, strict=True):
+        # Behind quotes a name is a command, and the words that follow are its arguments.
+        plain = (
+            alone and not lost and all(name and not name[2] and word.startswith(name[0]) for name, word, *_ in named)
+        )
+        for name, word, literal, at in named:
             if name:
-                known = plain and literal and word.startswith(name[0])
-                found[name[1]] = (_unquoted(word).partition("=")[2] if known else None, at)
+                found[name[1]] = (_unquoted(word).partition("=")[2] if plain and literal else None, at)
         words, before = [], sign
     return found

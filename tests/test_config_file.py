@@ -192,7 +192,7 @@ def test_what_a_shell_would_do_under_a_condition_is_not_taken_for_done(text: str
 
 
 @pytest.mark.parametrize(
-    "text", ['"A"=1', "'A'=1", "A\\B=1", "A''=1", "A'='1", "\\A=1", "A\\=1", '"A=1"', "'export A=1'"]
+    "text", ['"A"=1', "'A'=1", "A\\B=1", "A''=1", "A'='1", "\\A=1", "A\\=1", '"A=1"', "'export A=1'", "\\A=export A="]
 )
 @pytest.mark.parametrize("export", ["", "export "])
 def test_a_quoted_name_is_what_the_shell_takes_it_for(text: str, export: str) -> None:
