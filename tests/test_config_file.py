@@ -151,7 +151,7 @@ def test_what_only_a_shell_could_work_out_is_never_guessed(text: str, export: st
 
 
 @pytest.mark.parametrize(
-    "text", ["A=a&b", "A=1 & B=2", "A=http://h/x?a=1&B=2", "A=1 | true", "true | A=1", "A=1 & true"]
+    "text", ["A=a&b", "A=1 & B=2", "A=http://h/x?a=1&B=2", "A=1 | true", "true | A=1", "A=1 & true", "true |&\nA=1"]
 )
 def test_what_a_subshell_sets_is_not_taken_for_a_value(text: str) -> None:
     """An unquoted & or | sends the assignment into a subshell, which cannot set anything."""
