@@ -418,6 +418,24 @@ def test_somebody_elses_restart_during_an_update_does_not_condemn_the_release(ma
     assert host.running_md5("manager") == host.disk_md5("manager") == host.reported("manager") == new
 
 
+def test_somebody_elses_stop_and_start_leaves_the_service_watched(host: Host) -> None:
+    """One look at STOPPED, after one at RUNNING and well, may fall between that stop and that start."""
+    deploy(host, good("v1"), entry(healthCheck={"command": ["true"]}))
+    wrapper = Wrapper(host)
+    new = host.server.publish("manager", good("v2"))
+
+    def restart() -> None:
+        host.ctl("stop", "manager")
+        seen = len(wrapper.calls())
+        eventually(lambda: len(wrapper.calls()) > seen + 1)  # the first has been answered
+        host.ctl("start", "manager")
+
+    with meanwhile(lambda: wrapper.calls()[-2:] == ["status", "status"] and wrapper.restarts(), restart):
+        assert host.outcomes(MIN_HEALTHY_SECONDS="4") == {"manager": "updated"}
+    assert host.running_md5("manager") == new
+    assert f"-> {host.pid('manager')}," in host.log()
+
+
 def test_a_restart_by_somebody_else_that_overlaps_ours_does_not_condemn_the_release(manager_host: Host) -> None:
     """Two restarts that cross make supervisorctl say "abnormal termination" or worse; the release is good though."""
     host = manager_host
