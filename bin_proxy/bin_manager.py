@@ -77,7 +77,7 @@ class BinManager:
             Unreachable: no answer, after retries.
             BinManagerError: an answer that is not a release.
         """
-        deadline = time.monotonic() + 3 * self._settings.http_timeout
+        deadline = time.monotonic() + 3 * self._timeout()
 
         def ask() -> Release:
             with self._get(f"releases/{binary.version}/{binary.name}/md5", {}) as response:
@@ -155,6 +155,9 @@ class BinManager:
         """
         return self._unanswered > 2 * self._settings.jobs
 
+    def _timeout(self) -> float:
+        return self._settings.http_timeout / (5 if self._answers_nobody() else 1)
+
     def _translated(self, error: Exception) -> _Failed:
         """What went wrong on the way, from the first byte of the request to the last of the body."""
         request = getattr(error, "request", None)
@@ -183,10 +186,9 @@ class BinManager:
             own = origin == self._home
             if self._settings.token and own:
                 request.headers["Authorization"] = f"Bearer {self._settings.token}"
-            timeout = self._settings.http_timeout / (5 if self._answers_nobody() else 1)
             proxies = self._proxies if own else get_environ_proxies(url)
             self._unanswered += 1
-            response = self._adapter.send(request, True, timeout, self._verify, self._cert, proxies)
+            response = self._adapter.send(request, True, self._timeout(), self._verify, self._cert, proxies)
             self._unanswered = 0
             if not response.is_redirect:
                 break
