@@ -82,6 +82,13 @@ def _seconds(duration: str) -> float:
     return seconds
 
 
+def _state(settings: Settings) -> State:
+    state = State(settings.state_dir, ())
+    if "pauses.json" in dict(state.unreadable):
+        raise HostError(f"{state.folder}/pauses.json cannot be read: the next sync keeps it aside and pauses the host")
+    return state
+
+
 def pause(settings: Settings, names: tuple[str, ...], reason: str, duration: str | None) -> str:
     """Leave binaries as they are, or the whole host where no names are given.
 
@@ -96,13 +103,13 @@ def pause(settings: Settings, names: tuple[str, ...], reason: str, duration: str
 
     Raises:
         UsageError: that is no duration.
-        HostError: it cannot be remembered.
+        HostError: it cannot be remembered, or what is paused cannot be read.
     """
     now = time.time()
     until = None if duration is None else now + _seconds(duration)
     with host_errors(f"make {settings.state_dir}"):
         make_folder(settings.state_dir, 0o755)
-    state = State(settings.state_dir, ())
+    state = _state(settings)
     state.pauses |= dict.fromkeys(names or ("*",), Pause(reason, now, until))
     state.save_pauses()
     end = f" until {when(until)}" if until else ""
@@ -116,9 +123,9 @@ def resume(settings: Settings, names: tuple[str, ...]) -> str:
         what to tell: what is paused now.
 
     Raises:
-        HostError: it cannot be remembered.
+        HostError: it cannot be remembered, or what is paused cannot be read.
     """
-    state = State(settings.state_dir, ())
+    state = _state(settings)
     if [name for name in names or ("*",) if state.pauses.pop(name, None)]:
         state.save_pauses()
     return f"paused now: {', '.join(state.pauses).replace('*', 'the whole host') or 'nothing'}"

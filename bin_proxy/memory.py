@@ -126,9 +126,10 @@ class Record:
 
 @dataclass
 class Memories:
-    """What state.json holds: by binary."""
+    """What state.json holds: by binary; and of which binaries an earlier one was lost, until their release is known."""
 
     memories: dict[str, Memory]
+    blind: list[str] = field(default_factory=list)
 
 
 @dataclass

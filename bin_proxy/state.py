@@ -75,12 +75,12 @@ class State:
         self.unreadable: list[tuple[str, str]] = []
         self._content: dict[str, bytes] = {}  # of the files, as far as it is known
         self.cache: Cache = self._load("cache.json", Cache) or Cache()
-        found = self._load("state.json", Memories)
-        self.memories: dict[str, Memory] = found.memories if found else {}
-        self.lost = any(file == "state.json" for file, _ in self.unreadable)
-        if self.lost:
-            for name in set(known) & self.cache.answers.keys():
-                self.hold_blindly(name, self.cache.answers[name].md5)
+        found = self._load("state.json", Memories) or Memories({})
+        self.memories: dict[str, Memory] = found.memories
+        lost = any(file == "state.json" for file, _ in self.unreadable)
+        self.blind: list[str] = list(known) if lost else found.blind
+        for name in set(self.blind) & self.cache.answers.keys():
+            self.hold_blindly(name, self.cache.answers[name].md5)
         self.load_pauses()
         self.records: dict[str, Record | None] = {}
         with suppress(FileNotFoundError):
@@ -89,7 +89,8 @@ class State:
                     self.records[file.removesuffix(".json")] = self._load(f"journal/{file}", Record)
 
     def hold_blindly(self, name: str, md5: str) -> None:
-        """Hold what was on offer while the memory was lost: it may have been held before."""
+        """Hold what was on offer when the memory was lost: it may have been held before."""
+        self.blind.remove(name)
         self.memory(name).hold(md5, "the state file could not be read, so it may have been held before", time.time())
 
     def _path(self, file: str) -> str:
@@ -152,6 +153,7 @@ class State:
         with host_errors(f"use the state folder {self.folder}"):
             make_folder(self._path("journal"), 0o755)
             make_folder(self._path("backups"), 0o700)
+            os.chmod(self._path("backups"), 0o700)
             strays = [self._path(file) for file in os.listdir(self.folder)]
             strays += [self._path(f"journal/{file}") for file in os.listdir(self._path("journal"))]
             being_written = temporary_of(self._path("pauses.json"))  # by an operator, right now
@@ -164,9 +166,10 @@ class State:
         return self.memories.setdefault(name, Memory())
 
     def load_pauses(self) -> None:
-        """Read the operator's pauses, which may have come while a sync was at work."""
+        """Read the operator's pauses in force, which may have come while a sync was at work."""
         found = self._load("pauses.json", Pauses)
-        self.pauses: dict[str, Pause] = found.pauses if found else {}
+        kept = found.pauses.items() if found else ()
+        self.pauses = {key: pause for key, pause in kept if pause.until is None or time.time() < pause.until}
 
     def save_pauses(self) -> None:
         """Make the operator's pauses durable.
@@ -176,13 +179,11 @@ class State:
         """
         self._write("pauses.json", Pauses(self.pauses))
 
-    def pause_of(self, name: str, now: float) -> tuple[Pause | None, str]:
-        """The operator's pause of a binary, or of the whole host, in force at Unix time `now`, and what ends it."""
-        for key, what in ((name, f"bin-proxy resume {name}"), ("*", "bin-proxy resume")):
-            pause = self.pauses.get(key)
-            if pause and (pause.until is None or now < pause.until):
-                return pause, f"{what} ends it"
-        return None, ""
+    def pause_of(self, name: str) -> tuple[Pause | None, str]:
+        """The operator's pause of a binary, or of the whole host, and what ends it."""
+        if pause := self.pauses.get(name):
+            return pause, f"bin-proxy resume {name} ends it"
+        return self.pauses.get("*"), "bin-proxy resume ends it"
 
     def save(self) -> None:
         """Make the memories durable, if they changed.
@@ -191,7 +192,7 @@ class State:
             HostError: they are as they were.
         """
         kept = {name: memory for name, memory in self.memories.items() if memory != Memory()}
-        self._write("state.json", Memories(kept))
+        self._write("state.json", Memories(kept, self.blind))
 
     def save_cache(self, *, durable: bool) -> None:
         """Write the cache.

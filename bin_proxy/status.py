@@ -126,7 +126,7 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
     elif answer and answer.version == binary.version:  # not of the time before the manifest named another version
         latest, age = answer.md5, f" ({_ago(answer.at)} ago)" if asked is None else ""
     installed = slot.md5 if slot else None
-    pause, way_out = state.pause_of(name, time.time())
+    pause, way_out = state.pause_of(name)
     hold = memory.hold_on(latest) if latest != installed else None
     retry = memory.unwell or (memory.retries.get(latest) if latest != installed else None)
     due = retry.until if retry else memory.due.get(latest, 0.0) if latest != installed else 0.0

@@ -152,7 +152,7 @@ class Sync:
                 self._updater.mend(binary, time.time(), at_once=self._options.retry_held)
 
     def _is_paused(self, name: str) -> bool:
-        pause, way_out = self.state.pause_of(name, time.time())
+        pause, way_out = self.state.pause_of(name)
         if pause:
             why = f"by an operator: {pause.reason or 'no reason given'}; {way_out}"
             self._end(Result(name, "paused", True, note=why))
@@ -168,7 +168,7 @@ class Sync:
         assert slot
         task.release = release
         memory, dry_run = self.state.memory(binary.name), self._options.dry_run
-        if self.state.lost and binary.name not in cache.answers:
+        if binary.name in self.state.blind:
             self.state.hold_blindly(binary.name, release.md5)
         cache.answers[binary.name] = Answer(binary.version, release.md5, now)
         if slot.fingerprint:

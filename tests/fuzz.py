@@ -122,7 +122,7 @@ def parse_state(raw: bytes) -> None:
             unreadable = [name for name, _ in state.unreadable]
             assert unreadable in ([], [file])
             state.memory("manager")
-            state.pause_of("manager", 1.0)
+            state.pause_of("manager")
             assert len(state.set_aside()) == len(unreadable)
             state.prepare()
             state.save()

@@ -536,6 +536,24 @@ def test_pause_of_a_duration(host: Host) -> None:
     assert host.outcomes() == {"a": "paused"}
     eventually(lambda: host.outcomes() == {"a": "updated"})
     assert status(host)["a"]["paused"] is None
+    assert "paused now: nothing" in host.run("resume", "b").stdout
+
+
+def test_pause_and_resume_overwrite_nothing_that_they_cannot_read(host: Host) -> None:
+    """What is paused may be an incident's: the file stays, and the next sync keeps it aside and pauses the host."""
+    host.write_manifest({"name": "a", **FILE})
+    host.server.publish("a", good("v1"))
+    assert host.run("pause", "a").returncode == 0
+    file = host.state / "pauses.json"
+    file.write_bytes(raw := file.read_bytes()[:-1])
+    for command in (("pause", "a"), ("resume",)):
+        done = host.run(*command)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and str(file) in done.stderr
+        assert file.read_bytes() == raw
+    assert host.outcomes() == {"a": "paused"}
+    assert [aside.read_bytes() for aside in host.state.glob("pauses.json.unreadable*")] == [raw]
+    assert host.run("resume").returncode == 0
+    assert host.outcomes() == {"a": "updated"}
 
 
 def test_pause_during_a_sync(host: Host) -> None:

@@ -929,16 +929,14 @@ def test_a_state_folder_that_fills_up_during_an_update_restarts_nothing_every_mi
         pid = host.pid("manager")
         with running(host, "sync", MIN_HEALTHY_SECONDS="3") as run:
             eventually(lambda: host.pid("manager") not in (0, pid))
-            with suppress(OSError), open(folder / "full", "wb", buffering=0) as file:
-                while True:
-                    file.write(b"x" * 4096)
+            filler = fill(folder)
             assert run.wait(60) == 1
         pid = host.pid("manager")
         for _ in range(3):
             host.sync()
             assert host.pid("manager") == pid
         assert host.log().count("manager: updated") == 1
-        (folder / "full").unlink()
+        filler.unlink()
         assert host.sync().returncode == 0
         assert host.pid("manager") == pid and host.running_md5("manager") == host.reported("manager") == new
 
@@ -951,16 +949,14 @@ def test_an_interrupted_roll_back_with_a_full_state_folder_restarts_nothing_ever
         pid = host.pid("manager")
         with running(host, "sync", MIN_HEALTHY_SECONDS="5") as run:
             eventually(lambda: host.pid("manager") not in (0, pid))
-            with suppress(OSError), open(folder / "full", "wb", buffering=0) as file:
-                while True:
-                    file.write(b"x" * 4096)
+            filler = fill(folder)
             assert run.wait(60) == 1
         assert host.running_md5("manager") == md5(V1)
         pid = host.pid("manager")
         for _ in range(2):
             assert host.sync().returncode == 1
             assert host.pid("manager") == pid
-        (folder / "full").unlink()
+        filler.unlink()
         assert host.sync().returncode == 1
         assert host.outcomes() == {"manager": "held"} and host.server.downloads == 1
         assert host.pid("manager") == pid and bad != host.disk_md5("manager")
@@ -986,7 +982,7 @@ def test_a_state_file_cut_at_every_byte(host: Host) -> None:
             write_state(host, file, raw[:length])
             state = State(str(host.state), ("manager",))
             assert [name for name, _ in state.unreadable] == [file]
-            assert state.lost == (file == "state.json")
+            assert [hold.md5 for hold in state.memory("manager").holds] == [md5(V2)] and state.blind == []
         write_state(host, file, raw)
     record = Record(
         "manager", str(host.bin / "manager"), md5(V1), md5(V2), 7, {"manager": 42}, True, False, "sync", 0.5
@@ -1041,6 +1037,19 @@ def test_damaged_memory_does_not_bring_a_held_release_back(host: Host, damage: s
     host.server.publish("manager", V3)
     assert_converges(host, V3)
     assert sum(1 for path in host.state.iterdir() if "unreadable" in path.name) == len(files)
+
+
+def test_memory_and_cache_lost_while_bin_manager_is_down(host: Host) -> None:
+    """Until it is known what was on offer, nothing is: the first answer after the loss may be the held release."""
+    make_held(host)
+    for file in ("state.json", "cache.json"):
+        write_state(host, file, b"[")
+    for _ in range(2):
+        assert host.sync(BIN_MANAGER_API="http://127.0.0.1:1").returncode == 1
+    assert [host.outcomes() for _ in range(2)] == [{"manager": "held"}] * 2
+    assert (host.server.downloads, host.disk_md5("manager")) == (1, md5(V1))
+    host.server.publish("manager", V3)
+    assert_converges(host, V3)
 
 
 def test_a_damaged_cache_costs_nothing(host: Host) -> None:

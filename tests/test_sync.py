@@ -412,6 +412,8 @@ def test_as_many_backups_are_kept_as_are_wanted(host: Host, keep: str, kept: int
     assert backups(host, "tool") == {md5(release) for release in releases[:-1][-kept:]}
     for name in backups(host, "tool"):
         assert md5((host.state / "backups" / "tool" / name).read_bytes()) == name
+    (host.state / "backups").chmod(0o755)  # as an operator's mkdir -p leaves it
+    assert host.sync().returncode == 0
     assert stat.S_IMODE((host.state / "backups").stat().st_mode) == 0o700
     assert stat.S_IMODE(host.state.stat().st_mode) == 0o755
 
