@@ -46,7 +46,7 @@ def state_files() -> dict[str, bytes]:
         memory.down, memory.backups, memory.parts = ["manager"], [MD5], [f"{folder}/.manager.{MD5}.part"]
         memory.updated_at = 1.0
         state.save()
-        state.pauses["*"] = Pause("maintenance", 1.0, 2.0)
+        state.pauses["*"] = Pause("maintenance", 1.0, 4e9)
         state.save_pauses()
         state.cache.digests["/usr/local/bin/manager"] = [1, 2, 3, 4, 5, MD5]
         state.cache.answers["manager"] = Answer("latest", MD5, 1.0)
