@@ -98,26 +98,27 @@ def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> _Answers:
     return found
 
 
-def _service(binary: Binary, processes: list[Process], slot: Slot) -> tuple[dict[str, Any] | None, str]:
-    """The binary's service as JSON has it, and as the table does; of several processes, the one that is worst."""
+def _service(binary: Binary, processes: list[Process], slot: Slot) -> tuple[dict[str, Any] | None, str, str]:
+    """The binary's service as JSON has it, and as the table does; of several processes, the worst, and its name."""
     if not processes:
-        return None, "-"
+        return None, "-", ""
     worst = min(processes, key=lambda process: _WORST.index(process.state))
     name = " ".join(binary.services or (process.name for process in processes))
     seen = [restart_pending(process.pid, slot) for process in processes]
     pending = True if True in seen else None if None in seen else False
     uptime = worst.words.partition("uptime ")[2]
     words = f"{worst.state} {worst.pid or ''} {uptime} {'(restart pending)' if pending else ''}"
-    return {"name": name, "state": worst.state, "pid": worst.pid, "restartPending": pending}, " ".join(words.split())
+    row = {"name": name, "state": worst.state, "pid": worst.pid, "restartPending": pending}
+    return row, " ".join(words.split()), worst.name
 
 
 def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers | None, running: bool) -> View:
     name, memory = binary.name, state.memory(binary.name)
     errors: list[str] = []
-    slot, service, service_words, latest, age = None, None, "?", "", ""
+    slot, service, service_words, worst, latest, age = None, None, "?", "", "", ""
     try:
         slot = inspect(binary.path, state.cache.digests.get(binary.path))
-        service, service_words = _service(binary, supervisor.of(binary), slot)
+        service, service_words, worst = _service(binary, supervisor.of(binary), slot)
     except HostError as error:
         errors.append(str(error))
     answer = state.cache.answers.get(name) if asked is None else asked[binary]
@@ -161,14 +162,19 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
     words = "held by operator" if by_operator else shown
     updated = when(memory.updated_at)[:16] if memory.updated_at else "-"
     cells = (name, words, (installed or "-")[:8], (latest or "?")[:8] + age, service_words, updated)
-    explained = _explain(row, way_out, by_operator=by_operator, splayed=splayed)
-    findings = [(False, error) for error in errors] + list(explained)
+    findings = [(False, error) for error in errors]
+    findings += _explain(row, way_out, by_operator=by_operator, splayed=splayed)
+    if service and service["restartPending"] and not begun:
+        pending = f"another file than the installed one runs: {supervisor.typed} restart {service['name']}"
+        findings.append((False, pending))
+    if service and service["state"] in DEAD:
+        findings.append((False, f"its service is {service['state']}: {supervisor.typed} tail {worst}"))
     return View(row, tuple(map(clean, cells)), [Finding(well, name, text) for well, text in findings])
 
 
 def _explain(row: dict[str, Any], way_out: str, *, by_operator: bool, splayed: bool) -> Iterator[tuple[bool, str]]:
     """Why the binary is as it is and what to type next, each with whether that is as it should be."""
-    again, state, service = f"bin-proxy sync --only {row['name']}", row["state"], row["service"]
+    again, state = f"bin-proxy sync --only {row['name']}", row["state"]
     if state == "interrupted":
         yield False, f"an update was cut off: {again} finishes or undoes it"
     elif pause := row["paused"]:
@@ -181,10 +187,6 @@ def _explain(row: dict[str, Any], way_out: str, *, by_operator: bool, splayed: b
         after = f" after {row['retryAt']}" if splayed else ""
         release = (row["latestMd5"] or "")[:8] or "what bin-manager names"
         yield splayed, f"the {'first' if splayed else 'next'} sync{after} installs {release}; now: {again}"
-    if service and service["restartPending"] and state not in ("updating", "interrupted"):
-        yield False, f"another file than the installed one runs: supervisorctl restart {service['name']}"
-    if service and service["state"] in DEAD:
-        yield False, f"its service is {service['state']}: supervisorctl tail {service['name']}"
 
 
 def to_json(views: list[View], last_sync: LastSync | None) -> dict[str, Any]:

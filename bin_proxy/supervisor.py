@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -86,6 +87,7 @@ class Supervisor:
 
     def __init__(self, command: tuple[str, ...], restart_timeout: float, tell: Callable[[str], None]) -> None:
         self._command, self._restart_timeout, self._tell = command, restart_timeout, tell
+        self.typed = shlex.join(command)  # as a person calls it
         self._listing: dict[str, Process] | SupervisorError | None = None
 
     def of(self, binary: Binary, *, fresh: bool = False) -> list[Process]:

@@ -330,7 +330,7 @@ def test_updating_and_interrupted() -> None:
             row = status(host)["manager"]
             assert row["state"] == "updating" and row["service"]["name"] == "manager"
             assert well(host) and re.search(r"^manager +updating ", table(host), re.M)
-            assert "supervisorctl restart" not in table(host), "which would cut in"
+            assert " restart manager" not in table(host), "which would cut in"
             busy = host.sync()
             assert (busy.returncode, busy.stdout, busy.stderr) == (75, "", "")
             code, raw = on_terminal(host, "sync")
@@ -356,10 +356,11 @@ def test_restart_pending(manager_host: Host) -> None:
     row = status(host)["manager"]
     assert row["state"] == "current" and row["service"]["restartPending"] is True and not well(host)
     text = table(host)
-    assert "restart pending" in text and "supervisorctl restart manager" in text
-    assert "supervisorctl restart manager" in host.run("doctor").stdout
+    typed = f": {host.settings['SUPERVISORCTL']} restart manager"
+    assert "restart pending" in text and typed in text
+    assert typed in host.run("doctor").stdout
     (host.bin / "manager").rename(host.bin / "kept")
-    assert "supervisorctl restart" not in table(host), "which would stop it for want of a file"
+    assert " restart manager" not in table(host), "which would stop it for want of a file"
     assert "bin-proxy sync --only manager" in table(host)
     (host.bin / "kept").rename(host.bin / "manager")
     host.ctl("restart", "manager")
