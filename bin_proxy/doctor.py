@@ -12,7 +12,8 @@ from bin_proxy.errors import BinProxyError, UsageError
 from bin_proxy.manifest import Binary, load_manifest
 from bin_proxy.report import merge
 from bin_proxy.settings import Settings, untrusted
-from bin_proxy.status import DEAD, judge_last_sync, survey
+from bin_proxy.status import judge_last_sync, survey
+from bin_proxy.supervisor import DEAD
 
 
 def examine(load: Callable[[], Settings]) -> Iterator[tuple[bool, str]]:

@@ -77,8 +77,7 @@ class State:
         self.cache: Cache = self._load("cache.json", Cache) or Cache()
         found = self._load("state.json", Memories) or Memories({})
         self.memories: dict[str, Memory] = found.memories
-        lost = any(file == "state.json" for file, _ in self.unreadable)
-        self.blind: list[str] = list(known) if lost else found.blind
+        self.blind: list[str] = list(known) if "state.json" in dict(self.unreadable) else found.blind
         for name in set(self.blind) & self.cache.answers.keys():
             self.hold_blindly(name, self.cache.answers[name].md5)
         self.load_pauses()

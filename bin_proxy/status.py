@@ -19,9 +19,8 @@ from bin_proxy.report import Finding, when
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, inspect
 from bin_proxy.state import State
-from bin_proxy.supervisor import Process, Supervisor
+from bin_proxy.supervisor import DEAD, Process, Supervisor
 
-DEAD = ("FATAL", "UNKNOWN", "BACKOFF", "EXITED")
 _WORST = (*DEAD, "STOPPING", "STARTING", "RUNNING", "STOPPED")
 _COLOURS = {"current": "green", "paused": "cyan", "updating": "cyan", "outdated": "yellow", "unknown": "yellow"}
 _Answers = dict[Binary, Answer | BinProxyError]
@@ -163,18 +162,15 @@ def _view(binary: Binary, state: State, supervisor: Supervisor, asked: _Answers 
     updated = when(memory.updated_at)[:16] if memory.updated_at else "-"
     cells = (name, words, (installed or "-")[:8], (latest or "?")[:8] + age, service_words, updated)
     findings = [(False, error) for error in errors]
-    findings += _explain(row, way_out, by_operator=by_operator, splayed=splayed)
-    if service and service["restartPending"] and not begun:
-        pending = f"another file than the installed one runs: {supervisor.typed} restart {service['name']}"
-        findings.append((False, pending))
-    if service and service["state"] in DEAD:
-        findings.append((False, f"its service is {service['state']}: {supervisor.typed} tail {worst}"))
+    findings += _explain(row, way_out, supervisor.typed, worst, by_operator=by_operator, splayed=splayed)
     return View(row, tuple(map(clean, cells)), [Finding(well, name, text) for well, text in findings])
 
 
-def _explain(row: dict[str, Any], way_out: str, *, by_operator: bool, splayed: bool) -> Iterator[tuple[bool, str]]:
+def _explain(
+    row: dict[str, Any], way_out: str, supervisorctl: str, worst: str, *, by_operator: bool, splayed: bool
+) -> Iterator[tuple[bool, str]]:
     """Why the binary is as it is and what to type next, each with whether that is as it should be."""
-    again, state = f"bin-proxy sync --only {row['name']}", row["state"]
+    again, state, service = f"bin-proxy sync --only {row['name']}", row["state"], row["service"]
     if state == "interrupted":
         yield False, f"an update was cut off: {again} finishes or undoes it"
     elif pause := row["paused"]:
@@ -187,6 +183,10 @@ def _explain(row: dict[str, Any], way_out: str, *, by_operator: bool, splayed: b
         after = f" after {row['retryAt']}" if splayed else ""
         release = (row["latestMd5"] or "")[:8] or "what bin-manager names"
         yield splayed, f"the {'first' if splayed else 'next'} sync{after} installs {release}; now: {again}"
+    if service and service["restartPending"] and state not in ("updating", "interrupted"):
+        yield False, f"another file than the installed one runs: {supervisorctl} restart {service['name']}"
+    if service and service["state"] in DEAD:
+        yield False, f"its service is {service['state']}: {supervisorctl} tail {worst}"
 
 
 def to_json(views: list[View], last_sync: LastSync | None) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from bin_proxy.manifest import Binary
 from bin_proxy.process import Finished, run
 
 _STATUS = re.compile(r"(\S+) +(STOPPED|STARTING|RUNNING|BACKOFF|STOPPING|EXITED|FATAL|UNKNOWN)\b *(pid (\d{1,9})|)(.*)")
-_DEAD = ("BACKOFF", "EXITED", "FATAL", "UNKNOWN")
 _LEFT_STOPPED = 5.0
+DEAD = ("FATAL", "UNKNOWN", "BACKOFF", "EXITED")  # the worst first
+DOWN = ("STOPPED", "STOPPING")
 TRYING = ("STARTING", "RUNNING", "BACKOFF")
 
 
@@ -202,7 +203,7 @@ class Supervisor:
         while True:
             found = self.processes(before) if before else {}
             now = time.monotonic()
-            if dead := [process for process in found.values() if process.state in _DEAD]:
+            if dead := [process for process in found.values() if process.state in DEAD]:
                 raise ReleaseError(f"{dead[0].name} is {dead[0].state} ({dead[0].words})")
             running = [process for process in found.values() if process.state == "RUNNING"]
             stopped = [process.name for process in found.values() if process.state == "STOPPED"]

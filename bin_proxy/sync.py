@@ -175,7 +175,8 @@ class Sync:
             cache.digests[binary.path] = slot.fingerprint
         if slot.md5 == release.md5:
             memory.release(release.md5)
-            memory.down = memory.down if memory.unwell else []
+            if not memory.unwell:
+                memory.down = []
         retry, splay = self._options.retry_held, self._options.splay
         delay = plan.splay_delay(_host(), splay) if splay else 0.0
         new = plan.note_due(memory, release.md5, slot.md5, now, splay, delay)

@@ -20,7 +20,7 @@ from bin_proxy.report import Report
 from bin_proxy.settings import Settings
 from bin_proxy.slot import Backups, Slot, check_writable, inspect, part_path, swap
 from bin_proxy.state import State
-from bin_proxy.supervisor import TRYING, Process, Supervisor, executes
+from bin_proxy.supervisor import DOWN, TRYING, Process, Supervisor, executes
 
 _PROBE_BEFORE = 10.0
 
@@ -182,17 +182,18 @@ class Updater:
             except BackupLost as error:  # what is there stays, its restart is tried again, and the way forward is free
                 record.old = record.new = inspect(record.target).md5 or ""
                 record.fault, came_back, words, pids = "host", False, f"{error}, so {short(record.new)} stays", {}
-            down = [] if came_back else self._left_stopped(record.processes)
+            # What is down now was left so by us; what is later, by an operator.
+            down = [] if came_back else self._in_state(record.processes, DOWN)
         except (OSError, HostError) as error:
             words = f"{record.reason}; {so_far}: {error}; the next run goes on with it"
             return Result(record.name, "failed", False, record.old, record.new, error=words, kind="roll-back")
         self._state.memory(record.name).down = down
         return self._conclude(record, came_back, words, pids)
 
-    def _left_stopped(self, names: Collection[str]) -> list[str]:
-        """Those that we leave STOPPED; one that is so later was stopped by an operator."""
+    def _in_state(self, names: Collection[str], states: tuple[str, ...]) -> list[str]:
+        """Those of `names` that are in one of `states` now; none is one that supervisord has lost."""
         found = self._supervisor.processes() if names else {}
-        return [name for name in names if name in found and found[name].state in ("STOPPED", "STOPPING")]
+        return [name for name in names if name in found and found[name].state in states]
 
     def _restore(self, record: Record) -> None:
         if record.old is not None and inspect(record.target).md5 != record.old:
@@ -211,8 +212,7 @@ class Updater:
             whether it came up healthy (None where that is not waited for), what is to be said of it, the pids if so.
         """
         if record.old is None:
-            found = self._supervisor.processes() if record.processes else {}
-            if trying := [name for name in record.processes if name in found and found[name].state in TRYING]:
+            if trying := self._in_state(record.processes, TRYING):
                 self._supervisor.stop(trying)
             return None, "the file is removed again", {}
         if not record.healthy:
@@ -336,7 +336,7 @@ class Updater:
         except (ReleaseError, Stuck) as error:
             last = memory.unwell
             memory.unwell = plan.after_restart(last.md5, last.count + 1, str(error), time.time())
-            memory.down = self._left_stopped(processes)
+            memory.down = self._in_state(processes, DOWN)
         else:
             how = "runs again" if pids or not processes else "was stopped by an operator"
             self._log(f"{binary.name}: {how}, pid {_pids(pids)}, after {memory.unwell.count} failed restarts")
