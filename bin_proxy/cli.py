@@ -17,10 +17,11 @@ import click
 from click import Context
 
 from bin_proxy import __version__
+from bin_proxy.config.manifest import load_manifest
+from bin_proxy.config.settings import TABLE, Settings, load_settings, number
 from bin_proxy.errors import BinProxyError, Busy, Interrupted, UsageError, clean
-from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.report import Report, echo, merge, when
-from bin_proxy.settings import TABLE, Settings, load_settings, number
+from bin_proxy.output.report import Report, echo, merge, when
+from bin_proxy.policy.model import Binary
 
 _EPILOG = f"""A setting may come from an option, the environment or the config file (NAME=value
 lines), the first that names it counts: {", ".join(TABLE)}."""
@@ -115,8 +116,9 @@ def sync(
       bin-proxy sync --dry-run
     """
     settings = _settings(context)
-    from bin_proxy.guard import Signals, locked
-    from bin_proxy.sync import Options, Sync, exit_code  # imports requests, which --help need not wait for
+    from bin_proxy.host.lock import locked
+    from bin_proxy.host.signals import Signals
+    from bin_proxy.update.scheduler import Options, Sync, exit_code  # imports requests, which --help need not wait for
 
     binaries = _manifest(settings, only)
     watched = sys.stdout.isatty()
@@ -158,7 +160,7 @@ def status(context: Context, only: tuple[str, ...], offline: bool, as_json: bool
       bin-proxy status
       bin-proxy status --check --offline
     """
-    from bin_proxy.status import judge_last_sync, survey, table, to_json
+    from bin_proxy.commands.status import judge_last_sync, survey, table, to_json
 
     settings = _settings(context)
     binaries = tuple(b for b in _manifest(settings, only) if not only or b.name in only)
@@ -190,8 +192,8 @@ def rollback(context: Context, name: str, to: str | None) -> None:
       bin-proxy rollback manager --to 0cc175b9
     """
     settings = _settings(context)
-    from bin_proxy import by_hand
-    from bin_proxy.guard import Signals
+    from bin_proxy.commands import rollback as by_hand
+    from bin_proxy.host.signals import Signals
 
     binaries = _manifest(settings, (name,))
     report = _report(context, settings, terminal=sys.stdout.isatty())
@@ -211,7 +213,7 @@ def pause(context: Context, names: tuple[str, ...], reason: str, duration: str |
       bin-proxy pause manager --reason "INC-42, ask Wei" --for 2h
       bin-proxy pause
     """
-    from bin_proxy import by_hand
+    from bin_proxy.commands import pause as by_hand
 
     settings = _settings(context)
     _manifest(settings, names)
@@ -229,7 +231,7 @@ def resume(context: Context, names: tuple[str, ...]) -> None:
       bin-proxy resume manager
       bin-proxy resume
     """
-    from bin_proxy import by_hand
+    from bin_proxy.commands import pause as by_hand
 
     echo(by_hand.resume(_settings(context), names))
 
@@ -243,7 +245,7 @@ def doctor(context: Context) -> int:
     Examples:
       bin-proxy doctor | tee ticket.txt
     """
-    from bin_proxy.doctor import examine
+    from bin_proxy.commands.doctor import examine
 
     code = 0
     for well, line in examine(partial(_settings, context)):
@@ -281,7 +283,7 @@ def main() -> None:
     except (BinProxyError, OSError) as error:
         code = _fail(error)
     except Interrupted as error:
-        from bin_proxy.process import kill_all
+        from bin_proxy.host.process import kill_all
 
         kill_all()
         code = 128 + error.signum

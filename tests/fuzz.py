@@ -21,14 +21,15 @@ from pathlib import Path
 
 import requests
 
-from bin_proxy import bin_manager
-from bin_proxy.config_file import parse_config
+from bin_proxy.config.config_file import parse_config
+from bin_proxy.config.manifest import load_manifest
+from bin_proxy.config.settings import load_settings
 from bin_proxy.errors import BinManagerError, BinProxyError, HostError, UsageError
-from bin_proxy.manifest import load_manifest, record_md5s
-from bin_proxy.memory import Answer, LastSync, Pause, Record, Retry, Trouble, Unwell
-from bin_proxy.settings import load_settings
-from bin_proxy.state import State
-from bin_proxy.supervisor import parse_status
+from bin_proxy.host.supervisor import parse_status
+from bin_proxy.policy.model import Answer, LastSync, Pause, Record, Retry, Trouble, Unwell
+from bin_proxy.server import client as bin_manager
+from bin_proxy.store.manifest_file import record_md5s
+from bin_proxy.store.state import State
 
 MD5 = "0123456789abcdef" * 2
 

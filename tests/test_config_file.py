@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from bin_proxy.config_file import parse_config
+from bin_proxy.config.config_file import parse_config
 from tests.host import Host
 
 SHELLS = [shell for shell in ("/bin/sh", shutil.which("dash"), shutil.which("bash")) if shell]

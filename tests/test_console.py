@@ -26,7 +26,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bin_proxy.cli import cli
-from bin_proxy.plan import splay_delay
+from bin_proxy.policy.plan import splay_delay
 from tests.conftest import require, require_root
 from tests.faults import answering
 from tests.host import Host, dies_at_once, eventually, good, md5, running, running_host
@@ -911,7 +911,7 @@ def test_the_list_of_commands_is_not_cut(host: Host) -> None:
 
 def test_help_names_every_setting(host: Host) -> None:
     """--help shows each environment variable that counts."""
-    from bin_proxy.settings import TABLE
+    from bin_proxy.config.settings import TABLE
 
     text = host.run("--help").stdout
     assert all(name in text for name in (*TABLE, "BIN_PROXY_CONFIG"))

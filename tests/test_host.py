@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from bin_proxy.memory import Record
-from bin_proxy.state import State
+from bin_proxy.policy.model import Record
+from bin_proxy.store.state import State
 from tests import clock
 from tests.clock import at
 from tests.conftest import require, require_root

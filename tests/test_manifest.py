@@ -16,9 +16,11 @@ from hypothesis import HealthCheck as Check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bin_proxy.config.manifest import load_manifest
+from bin_proxy.config.settings import load_settings
 from bin_proxy.errors import HostError, UsageError
-from bin_proxy.manifest import Binary, load_manifest, record_md5s
-from bin_proxy.settings import load_settings
+from bin_proxy.policy.model import Binary
+from bin_proxy.store.manifest_file import record_md5s
 from tests.conftest import require, require_root
 from tests.host import Host, eventually, md5
 

@@ -162,7 +162,7 @@ try:
     runpy.run_path(archive, run_name="__main__")
 except SystemExit:
     os.replace(other, archive)
-from bin_proxy import doctor
+from bin_proxy.commands import doctor
 """
 
 

@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 
-from bin_proxy import plan
-from bin_proxy.memory import HOLDS_KEPT, Hold, Memory, Record, Retry, Unwell
-from bin_proxy.plan import Result, after_failure, decide_recovery, growing_pause, is_due, judge, leave
+from bin_proxy.policy import plan
+from bin_proxy.policy.model import HOLDS_KEPT, Hold, Memory, Record, Retry, Unwell
+from bin_proxy.policy.plan import Result, after_failure, decide_recovery, growing_pause, is_due, judge, leave
 
 NOW = 1_700_000_000.0
 HOUR = 3600.0

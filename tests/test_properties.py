@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bin_proxy import bin_manager
 from bin_proxy.errors import BinManagerError, HostError, UsageError
-from bin_proxy.state import State
+from bin_proxy.server import client as bin_manager
+from bin_proxy.store.state import State
 from tests.fuzz import MD5, PARSERS, STATE_FILES, fuzz, parse_answer, parse_headers, parse_state
 from tests.host import Host
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from bin_proxy.health import probe
-from bin_proxy.manifest import HealthCheck
+from bin_proxy.host.health import probe
+from bin_proxy.policy.model import HealthCheck
 from tests.conftest import require
 from tests.faults import Wrapper, one_line, run_later, script, sleeper, sleepers
 from tests.host import SLEEP, SUPERVISORCTL, Host, dies_after, dies_at_once, eventually, good, md5, running_host

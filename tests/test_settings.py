@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from bin_proxy.config.settings import Settings, load_settings
 from bin_proxy.errors import UsageError
-from bin_proxy.settings import Settings, load_settings
 from tests.conftest import require_root
 from tests.host import Host
 

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from bin_proxy.plan import splay_delay
+from bin_proxy.policy.plan import splay_delay
 
 # Of one question for an MD5 and its answer, headers included, as strace shows them with nginx as bin-manager.
 _QUESTION, _ANSWER = 135, 330

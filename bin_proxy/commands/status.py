@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import click
 
+from bin_proxy.config.settings import Settings
 from bin_proxy.errors import BinProxyError, HostError, clean
-from bin_proxy.guard import is_locked
-from bin_proxy.manifest import Binary
-from bin_proxy.memory import Answer, LastSync
-from bin_proxy.report import Finding, when
-from bin_proxy.settings import Settings
-from bin_proxy.slot import Backups, Slot, inspect
-from bin_proxy.state import State
-from bin_proxy.supervisor import DEAD, Process, Supervisor
+from bin_proxy.host.backups import Backups
+from bin_proxy.host.installed import Slot, inspect
+from bin_proxy.host.lock import is_locked
+from bin_proxy.host.supervisor import DEAD, Process, Supervisor
+from bin_proxy.output.report import Finding, when
+from bin_proxy.policy.model import Answer, Binary, LastSync
+from bin_proxy.store.state import State
 
 _WORST = (*DEAD, "STOPPING", "STARTING", "RUNNING", "STOPPED")
 _COLOURS = {"current": "green", "paused": "cyan", "updating": "cyan", "outdated": "yellow", "unknown": "yellow"}
@@ -80,8 +80,8 @@ def survey(settings: Settings, binaries: tuple[Binary, ...], *, offline: bool) -
 
 def _ask(settings: Settings, binaries: tuple[Binary, ...]) -> _Answers:
     """What bin-manager answers for each, or what goes wrong."""
-    from bin_proxy.bin_manager import BinManager  # imports requests, which an offline status does without
-    from bin_proxy.workers import Workers
+    from bin_proxy.server.client import BinManager  # imports requests, which an offline status does without
+    from bin_proxy.update.workers import Workers
 
     workers = Workers(settings.jobs)
     api = BinManager(settings, lambda line: None, workers.until)

@@ -10,21 +10,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bin_proxy import plan
-from bin_proxy.atomic import temporary_of
-from bin_proxy.bin_manager import BinManager, Release
+from bin_proxy.config.settings import Settings
 from bin_proxy.errors import BinProxyError, CorruptDownload, HostError, ReleaseError
-from bin_proxy.guard import Signals, is_locked
-from bin_proxy.manifest import Binary, record_md5s
-from bin_proxy.memory import Answer, LastSync, Memory
-from bin_proxy.plan import Result, short
-from bin_proxy.report import Report, echo, write_metrics
-from bin_proxy.settings import Settings
-from bin_proxy.slot import Slot, discard, inspect, part_path
-from bin_proxy.staging import Part, Staging
-from bin_proxy.state import State
-from bin_proxy.updater import Updater
-from bin_proxy.workers import Workers
+from bin_proxy.host.files import temporary_of
+from bin_proxy.host.installed import Slot, discard, inspect, part_path
+from bin_proxy.host.lock import is_locked
+from bin_proxy.host.part import Part
+from bin_proxy.host.signals import Signals
+from bin_proxy.output.report import Report, echo, write_metrics
+from bin_proxy.policy import plan
+from bin_proxy.policy.model import Answer, Binary, LastSync, Memory, Release
+from bin_proxy.policy.plan import Result, short
+from bin_proxy.server.client import BinManager
+from bin_proxy.store.manifest_file import record_md5s
+from bin_proxy.store.state import State
+from bin_proxy.update.staging import Staging
+from bin_proxy.update.transaction import Updater
+from bin_proxy.update.workers import Workers
 
 _OTHER_RELEASES = 3
 

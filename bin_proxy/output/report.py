@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import click
 
-from bin_proxy.atomic import write_atomically
 from bin_proxy.errors import HostError, clean, host_errors
-from bin_proxy.memory import Cache, Trouble
-from bin_proxy.plan import Result
+from bin_proxy.host.files import write_atomically
+from bin_proxy.policy.model import Cache, Trouble
+from bin_proxy.policy.plan import Result
 
 _HOUR = 3600.0
 # Of a binary, with its words.

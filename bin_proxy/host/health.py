@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import urllib3
 
 from bin_proxy.errors import HostError, cause
-from bin_proxy.manifest import HealthCheck
-from bin_proxy.process import run
+from bin_proxy.host.process import run
+from bin_proxy.policy.model import HealthCheck
 
 
 def probe(check: HealthCheck, timeout: float) -> str | None:

@@ -17,28 +17,20 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 
 from bin_proxy import __version__
+from bin_proxy.config.manifest import parse_json
+from bin_proxy.config.settings import Settings
 from bin_proxy.errors import BinManagerError, Unreachable, cause
-from bin_proxy.manifest import Binary, parse_json
-from bin_proxy.settings import Settings
-from bin_proxy.tls import certificates
+from bin_proxy.policy.model import Binary, Release
+from bin_proxy.server.tls import certificates
 
 if TYPE_CHECKING:
-    from bin_proxy.staging import Part
+    from bin_proxy.host.part import Part
 
 _T = TypeVar("_T")
 _TRIES = 3
 _LARGEST_ANSWER = 256 * 1024
 _CHUNK = 512 * 1024
 _REDIRECTS = 5
-
-
-@dataclass(frozen=True)
-class Release:
-    """What bin-manager says a binary should be; sha256 and size (in bytes) where it tells them."""
-
-    md5: str
-    sha256: str | None = None
-    size: int | None = None
 
 
 @dataclass(eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import ssl
 
+from bin_proxy.config.settings import Settings
 from bin_proxy.errors import UsageError, cause
-from bin_proxy.settings import Settings
 
 # Where Debian and Alpine, RHEL, and SUSE keep the store that curl uses.
 _HOST_STORES = "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"

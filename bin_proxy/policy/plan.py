@@ -6,7 +6,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 
-from bin_proxy.memory import Memory, Record, Retry, Unwell
+from bin_proxy.policy.model import Memory, Record, Retry, Unwell
 
 STRIKES = 3
 _HOUR = 3600.0

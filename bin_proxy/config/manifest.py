@@ -5,42 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
-from bin_proxy.atomic import write_atomically
-from bin_proxy.errors import UsageError, host_error
-from bin_proxy.settings import Settings, is_url, read_trusted
+from bin_proxy.config.settings import Settings, is_url
+from bin_proxy.config.trust import read_trusted
+from bin_proxy.errors import UsageError
+from bin_proxy.policy.model import Binary, HealthCheck
 
 _NO_ARGUMENT = re.compile(r"[\0\ud800-\udfff]")  # what execve(2) cannot be given
-_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
-# In JSON, every string; with its value where it is the key of a string or null.
-_MEMBER = re.compile(rf"({_STRING})(?:\s*:\s*({_STRING}|null))?")
-
-
-@dataclass(frozen=True)
-class HealthCheck:
-    """`kind` is "tcp", "http" or "command"; `target` is "HOST:PORT", the URL or the argument list."""
-
-    kind: str
-    target: str | tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Binary:
-    """One entry. Times are in seconds; `services` is None where the service is found by the binary's name."""
-
-    name: str
-    path: str
-    min_healthy: float
-    health_timeout: float
-    version: str = "latest"
-    services: tuple[str, ...] | None = None
-    health: HealthCheck | None = None
-    verify: tuple[str, ...] | None = None
-    reported: str | None = None
 
 
 def parse_json(text: str) -> Any:
@@ -73,7 +46,7 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
     """
     path = settings.manifest
     try:
-        listed = _entries(read_trusted("BIN_MANIFESTS", path))
+        listed = entries_of(read_trusted("BIN_MANIFESTS", path))
     except ValueError as error:
         raise UsageError(f"manifest {path} cannot be read: {error}; correct it, or BIN_MANIFESTS") from None
     faults: list[str] = []
@@ -93,7 +66,7 @@ def load_manifest(settings: Settings) -> tuple[Binary, ...]:
     return tuple(Binary(**fields) for fields in entries)
 
 
-def _entries(text: str) -> list[Any]:
+def entries_of(text: str) -> list[Any]:
     data = parse_json(text)
     if not isinstance(data, dict) or not isinstance(data.get("binaries"), list):
         raise ValueError('it must be an object with a list "binaries"')
@@ -186,43 +159,3 @@ _KEYS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "verifyCommand": ("verify", _arguments, 'a list of arguments, such as ["{file}", "--version"]'),
     "currentMd5": ("reported", _reported, "a string"),
 }
-
-
-def record_md5s(path: str, digests: Mapping[str, str]) -> None:
-    """Write the MD5 of binaries into the `currentMd5` that their entries have; every other byte stays.
-
-    The manifest is read anew, and looked at again right before it is replaced, so an edit made meanwhile stays.
-
-    Args:
-        path: the manifest; where it is a symbolic link, the link stays.
-        digests: by binary name. An entry without `currentMd5`, or a name that has gone, is passed over.
-
-    Raises:
-        HostError: it cannot be read, understood or written; it is as it was.
-    """
-    try:
-        if not any(_recorded(os.path.realpath(path, strict=True), digests) for _ in range(5)):
-            raise ValueError("it keeps changing")
-    except (OSError, ValueError, UsageError) as error:
-        raise host_error(f"record the new MD5 in manifest {path}", error) from error
-
-
-def _recorded(path: str, digests: Mapping[str, str]) -> bool:
-    def look() -> tuple[int, str]:
-        return os.stat(path).st_ctime_ns, read_trusted("BIN_MANIFESTS", path)
-
-    before = look()
-    new = _with_md5s(before[1], digests)
-    return new == before[1] or write_atomically(path, new.encode(), like=path, still=lambda: look() == before)
-
-
-def _with_md5s(text: str, digests: Mapping[str, str]) -> str:
-    values = [found.span(2) for found in _MEMBER.finditer(text) if found[2] and json.loads(found[1]) == "currentMd5"]
-    # Every second piece is the value of a currentMd5. Some are not of an entry but of what is unknown to us: with its
-    # number in the place of each, parsing tells which is where.
-    pieces = [text[begin:end] for begin, end in pairwise([0, *(at for span in values for at in span), len(text)])]
-    numbered = "".join(f'"{at}"' if at % 2 else piece for at, piece in enumerate(pieces))
-    for entry in _entries(numbered):
-        if isinstance(entry, dict) and isinstance(entry.get("currentMd5"), str) and str(entry.get("name")) in digests:
-            pieces[int(entry["currentMd5"])] = json.dumps(digests[str(entry["name"])])
-    return "".join(pieces)

@@ -8,6 +8,38 @@ from typing import NamedTuple
 HOLDS_KEPT = 20
 
 
+@dataclass(frozen=True)
+class HealthCheck:
+    """`kind` is "tcp", "http" or "command"; `target` is "HOST:PORT", the URL or the argument list."""
+
+    kind: str
+    target: str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One entry. Times are in seconds; `services` is None where the service is found by the binary's name."""
+
+    name: str
+    path: str
+    min_healthy: float
+    health_timeout: float
+    version: str = "latest"
+    services: tuple[str, ...] | None = None
+    health: HealthCheck | None = None
+    verify: tuple[str, ...] | None = None
+    reported: str | None = None
+
+
+@dataclass(frozen=True)
+class Release:
+    """What bin-manager says a binary should be; sha256 and size (in bytes) where it tells them."""
+
+    md5: str
+    sha256: str | None = None
+    size: int | None = None
+
+
 @dataclass
 class Hold:
     """A release that is not installed again; `by` is "failure" or "operator". `since` is Unix time."""

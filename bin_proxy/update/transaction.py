@@ -9,18 +9,19 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from bin_proxy import plan
-from bin_proxy.atomic import fsync_folder
+from bin_proxy.config.settings import Settings
 from bin_proxy.errors import BackupLost, BinProxyError, HostError, ReleaseError, Stuck, host_error, host_errors
-from bin_proxy.health import probe
-from bin_proxy.manifest import Binary, record_md5s
-from bin_proxy.memory import Record
-from bin_proxy.plan import Result, short
-from bin_proxy.report import Report
-from bin_proxy.settings import Settings
-from bin_proxy.slot import Backups, Slot, check_writable, inspect, part_path, swap
-from bin_proxy.state import State
-from bin_proxy.supervisor import DOWN, TRYING, Process, Supervisor, executes
+from bin_proxy.host.backups import Backups
+from bin_proxy.host.files import fsync_folder
+from bin_proxy.host.health import probe
+from bin_proxy.host.installed import Slot, check_writable, inspect, part_path, swap
+from bin_proxy.host.supervisor import DOWN, TRYING, Process, Supervisor, executes
+from bin_proxy.output.report import Report
+from bin_proxy.policy import plan
+from bin_proxy.policy.model import Binary, Record
+from bin_proxy.policy.plan import Result, short
+from bin_proxy.store.manifest_file import record_md5s
+from bin_proxy.store.state import State
 
 _PROBE_BEFORE = 10.0
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from bin_proxy.commands.status import judge_last_sync, survey
+from bin_proxy.config.manifest import load_manifest
+from bin_proxy.config.settings import Settings
+from bin_proxy.config.trust import untrusted
 from bin_proxy.errors import BinProxyError, UsageError
-from bin_proxy.manifest import Binary, load_manifest
-from bin_proxy.report import merge
-from bin_proxy.settings import Settings, untrusted
-from bin_proxy.status import judge_last_sync, survey
-from bin_proxy.supervisor import DEAD
+from bin_proxy.host.supervisor import DEAD
+from bin_proxy.output.report import merge
+from bin_proxy.policy.model import Binary
 
 
 def examine(load: Callable[[], Settings]) -> Iterator[tuple[bool, str]]:

@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from bin_proxy.errors import HostError, ReleaseError, Stuck, SupervisorError
-from bin_proxy.manifest import Binary
-from bin_proxy.process import Finished, run
+from bin_proxy.host.process import Finished, run
+from bin_proxy.policy.model import Binary
 
 _STATUS = re.compile(r"(\S+) +(STOPPED|STARTING|RUNNING|BACKOFF|STOPPING|EXITED|FATAL|UNKNOWN)\b *(pid (\d{1,9})|)(.*)")
 _LEFT_STOPPED = 5.0

@@ -18,10 +18,10 @@ from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from bin_proxy.atomic import fsync_folder, make_folder, temporary_of, write_atomically
+from bin_proxy.config.manifest import parse_json
 from bin_proxy.errors import host_errors
-from bin_proxy.manifest import parse_json
-from bin_proxy.memory import Cache, Memories, Memory, Pause, Pauses, Record
+from bin_proxy.host.files import fsync_folder, make_folder, temporary_of, write_atomically
+from bin_proxy.policy.model import Cache, Memories, Memory, Pause, Pauses, Record
 
 VERSION = 1
 _LARGEST = 64 * 1024 * 1024
